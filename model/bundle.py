@@ -1,0 +1,259 @@
+"""The artifact: a folder that training writes and the service runs.
+
+::
+
+    manifest.json          format, modalities, graphs, hashes, provenance, metrics
+    encode.onnx            modalities and their presence -> aligned posterior
+    refine.onnx            one refinement step, the gradient of the objective inside
+    decode-<modality>.onnx z -> the modality
+    weights.safetensors    every network; the graphs point into it, so no number is stored twice
+    golden.npz             inputs with the answers the graphs gave when they were exported
+    README.md              the model card
+
+Nothing in a bundle can run code: no pickle, standard ONNX operators alone, no file outside the folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.modality import Modality
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+GOLDEN = "golden.npz"
+CARD = "README.md"
+MAX_FILE_BYTES = 2 << 30
+ALLOWED_DOMAINS = frozenset({"", "ai.onnx"})
+BUILTIN_FOLDER = Path(__file__).parent / "bundles"
+DEFAULT_BUNDLE = "digits"
+
+
+class BundleError(Exception):
+    """A bundle that must not be served. The message names the file and says what to do."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Strict):
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0, le=MAX_FILE_BYTES)
+
+
+class Graphs(_Strict):
+    """File name of each graph."""
+
+    encode: str
+    refine: str
+    decode: dict[str, str]
+
+
+class RefinementFacts(_Strict):
+    """What a caller of the refine graph must know."""
+
+    samples: int = Field(ge=1)
+    """Noise samples a row: the graph's ``noise`` is (batch, samples, latent)."""
+    horizon: int = Field(ge=1)
+    """Steps the refiner was trained for."""
+
+
+class DataSource(_Strict):
+    file: str
+    sha256: str
+    rows: int
+    licence: str
+
+
+class Provenance(_Strict):
+    created: str
+    code_revision: str
+    config_sha256: str
+    seed: int
+    libraries: dict[str, str]
+    data: list[DataSource]
+
+
+class Manifest(_Strict):
+    """What the service must know to use the graphs, and what a reader wants to know of their origin."""
+
+    format: int
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")
+    modalities: list[Modality] = Field(min_length=2, max_length=8)
+    latent: int = Field(ge=1)
+    beta: float = Field(gt=0)
+    """Weight of the KL term in the objective that refinement climbs."""
+    weights: dict[str, float]
+    """Likelihood weight of each modality in that objective."""
+    graphs: Graphs
+    refinement: RefinementFacts
+    files: dict[str, FileEntry]
+    """Every file the service reads, by name."""
+    provenance: Provenance
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk."""
+
+    path: Path
+    manifest: Manifest
+    sha256: str
+    """Of the manifest, which holds the hash of every other file: one number for the whole bundle."""
+
+
+def builtin(name: str) -> Path:
+    """Folder of a bundle that ships with the package.
+
+    Raises:
+        BundleError: no such bundle; names those that exist.
+    """
+    names = sorted(p.parent.name for p in BUILTIN_FOLDER.glob(f"*/{MANIFEST}"))
+    if name not in names:
+        raise BundleError(f"no built-in bundle {name!r}: there are {names}. Give the path of a bundle's folder instead")
+    return BUILTIN_FOLDER / name
+
+
+def read(path: Path) -> Bundle:
+    """Read and verify a bundle: format, names, sizes, hashes, operators.
+
+    Raises:
+        BundleError: anything that keeps the bundle from being served.
+    """
+    raw = _read_bytes(path, MANIFEST)
+    manifest = _parse_manifest(path, raw)
+    for name, entry in manifest.files.items():
+        content = _read_bytes(path, name)
+        if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise BundleError(
+                f"{path / name}: {len(content)} bytes do not match the manifest ({entry.bytes} bytes, sha256 {entry.sha256[:12]}…): "
+                "the file was changed or cut short. Copy or export the bundle again"
+            )
+    for name in _graph_names(manifest):
+        _check_graph(path / name)
+    return Bundle(path=path, manifest=manifest, sha256=hashlib.sha256(raw).hexdigest())
+
+
+def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str) -> Bundle:
+    """Write a bundle in one step: a reader sees the old folder or the new one, never a part.
+
+    Args:
+        path: the bundle's folder; an older bundle there is replaced, anything else is refused.
+        facts: the manifest's fields but ``format`` and ``files``.
+        files: graphs, weights and golden examples, copied under their own names.
+        card: the model card, Markdown.
+
+    Raises:
+        BundleError: ``path`` holds something else than a bundle, or the result does not verify.
+    """
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise BundleError(f"{path}: exists and is no bundle. Choose another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        entries = {}
+        for file in files:
+            content = file.read_bytes()
+            _write_durably(staging / file.name, content)
+            entries[file.name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+        manifest = Manifest(format=FORMAT, files=entries, **facts)
+        _write_durably(staging / CARD, card.encode())
+        text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        _write_durably(staging / MANIFEST, text.encode() + b"\n")
+        read(staging)
+        staging.chmod(0o755)
+        _swap(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return read(path)
+
+
+def _parse_manifest(path: Path, raw: bytes) -> Manifest:
+    try:
+        fields = json.loads(raw)
+    except ValueError as error:
+        raise BundleError(f"{path / MANIFEST}: not JSON ({error})") from error
+    number = fields.get("format") if isinstance(fields, dict) else None
+    if not isinstance(number, int):
+        raise BundleError(f"{path / MANIFEST}: names no format number: this is no bundle's manifest")
+    if number > FORMAT:
+        raise BundleError(f"{path}: the bundle has format {number}, this version reads up to {FORMAT}. Install a newer concord")
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        raise BundleError(f"{path / MANIFEST}: {error}") from error
+    names = [m.name for m in manifest.modalities]
+    if len(set(names)) != len(names):
+        raise BundleError(f"{path / MANIFEST}: a modality is described twice: {names}")
+    if set(manifest.graphs.decode) != set(names) or set(manifest.weights) != set(names):
+        raise BundleError(f"{path / MANIFEST}: graphs and weights must name exactly the modalities {names}")
+    missing = {*_graph_names(manifest), WEIGHTS, GOLDEN} - set(manifest.files)
+    if missing:
+        raise BundleError(f"{path / MANIFEST}: no hash for {sorted(missing)}")
+    return manifest
+
+
+def _graph_names(manifest: Manifest) -> list[str]:
+    return [manifest.graphs.encode, manifest.graphs.refine, *manifest.graphs.decode.values()]
+
+
+def _read_bytes(folder: Path, name: str) -> bytes:
+    file = folder / name
+    if Path(name).name != name or file.is_symlink():
+        raise BundleError(f"{folder}: {name!r} leads out of the bundle: only plain file names are allowed")
+    try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise BundleError(f"{file}: larger than {MAX_FILE_BYTES} bytes")
+        return file.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror}). A bundle is a folder with a {MANIFEST}") from error
+
+
+def _check_graph(file: Path) -> None:
+    """Standard operators only, and no tensor from any file but the bundle's weights."""
+    try:
+        graph = onnx.load(file, load_external_data=False)
+    except Exception as error:  # protobuf raises its own class, which is not public
+        raise BundleError(f"{file}: not an ONNX graph") from error
+    if graph.functions:
+        raise BundleError(f"{file}: holds function definitions, which no bundle needs")
+    used = {opset.domain for opset in graph.opset_import} | {node.domain for node in graph.graph.node}
+    if used - ALLOWED_DOMAINS:
+        raise BundleError(f"{file}: uses operators of {sorted(used - ALLOWED_DOMAINS)}; only standard ONNX operators are allowed")
+    for node in graph.graph.node:
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            raise BundleError(f"{file}: holds control flow ({node.op_type}), which no bundle needs")
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value != WEIGHTS:
+                raise BundleError(f"{file}: reads tensors from {entry.value!r}; only {WEIGHTS} is allowed")
+
+
+def _write_durably(file: Path, content: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _swap(staging: Path, path: Path) -> None:
+    if not path.exists():
+        staging.rename(path)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+    path.rename(retired / "bundle")
+    staging.rename(path)
+    shutil.rmtree(retired)
