@@ -1,0 +1,228 @@
+"""The configuration of a run: a TOML file, checked whole before any work begins."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from model.modality import Modality, TextModality
+
+
+class ConfigError(Exception):
+    """A configuration that must not run. The message names the file and every place that is wrong."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Hub(_Table):
+    """A data set on the Hugging Face hub."""
+
+    hub: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    config: str | None = None
+    split: str
+    revision: str | None = None
+    """Commit or tag. None: the newest, so that a later run may see other data."""
+
+
+def _place_kind(value: object) -> str:
+    return "Hub" if isinstance(value, dict | Hub) else "Path"
+
+
+Place = Annotated[Annotated[str, Tag("Path")] | Annotated[Hub, Tag("Hub")], Discriminator(_place_kind)]
+"""A Parquet file, a folder with one folder of images a class, or a data set on the hub. Paths start in the data folder."""
+
+
+class Source(_Table):
+    """One table of rows, and which of its columns hold which modalities."""
+
+    train: Place
+    test: Place
+    columns: dict[str, str] = Field(min_length=1)
+    """Modality name -> column name."""
+    label: str | None = None
+    """Column of the class of each row."""
+    licence: str
+
+
+class Data(_Table):
+    """Where rows come from and how modalities of different sources meet in one row."""
+
+    folder: Path = Path("data")
+    """Relative to the working directory; ``--data`` and ``CONCORD_DATA`` come before it."""
+    pairing: Literal["row", "class"]
+    """row: the rows of the one source. class: the rows of the first, each with random rows of the others that share its class."""
+    random_offset: tuple[str, ...] = ()
+    """Text modalities placed at random inside their length, anew each epoch."""
+    class_names: tuple[str, ...] | None = None
+    """In the order of the label numbers. None: the names that the sources give."""
+    rows_per_epoch: PositiveInt | None = None
+    """Training rows an epoch takes, drawn anew each time. None: all."""
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+
+class Network(_Table):
+    """Sizes of encoders and decoders."""
+
+    latent: PositiveInt = 32
+    features: PositiveInt = 256
+    width: PositiveInt = 32
+    hidden: PositiveInt = 512
+
+
+class Objective(_Table):
+    beta: PositiveFloat = 1.0
+    """Weight of the KL term of the ELBO."""
+
+
+class Joint(_Table):
+    """Stage 1: the joint VAE."""
+
+    epochs: PositiveInt = 10
+    batch_size: PositiveInt = 256
+    learning_rate: PositiveFloat = 1e-3
+
+
+class Refiner(_Table):
+    """Stage 2: the refiner of the joint posterior."""
+
+    epochs: PositiveInt = 2
+    batch_size: PositiveInt = 256
+    learning_rate: PositiveFloat = 1e-3
+    steps: PositiveInt = 4
+    samples: PositiveInt = 2
+
+
+class Align(_Table):
+    """Stage 3: encoders of single modalities, taught by the refined posterior."""
+
+    epochs: PositiveInt = 5
+    batch_size: PositiveInt = 256
+    learning_rate: PositiveFloat = 1e-3
+    reconstruction: float = Field(default=0.2, ge=0)
+
+
+class Config(_Table):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    version: str = Field(default="1", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")
+    seed: NonNegativeInt = 0
+    threads: PositiveInt = 2
+    precision: Literal["bfloat16", "float32"] = "float32"
+    modalities: tuple[Modality, ...] = Field(min_length=2, max_length=8)
+    data: Data
+    network: Network = Network()
+    objective: Objective = Objective()
+    joint: Joint = Joint()
+    refiner: Refiner = Refiner()
+    align: Align = Align()
+
+    @property
+    def sha256(self) -> str:
+        """Of the whole content, defaults filled in: two files that mean the same have the same hash."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "Config":
+        names = [m.name for m in self.modalities]
+        if len(set(names)) != len(names):
+            raise ValueError(f"[[modalities]] names one twice: {names}")
+        fed = Counter(name for source in self.data.sources for name in source.columns)
+        if unknown := set(fed) - set(names):
+            raise ValueError(f"[[data.sources]] columns name {sorted(unknown)}, the modalities are {names}")
+        if wrong := [name for name in names if fed[name] != 1]:
+            counts = ", ".join(f"{name} has {fed[name]}" for name in wrong)
+            raise ValueError(f"each modality needs exactly one column among [[data.sources]]: {counts}")
+        texts = [m.name for m in self.modalities if isinstance(m, TextModality)]
+        if wrong := [name for name in self.data.random_offset if name not in texts]:
+            raise ValueError(f"data.random_offset names {wrong}, the text modalities are {texts}")
+        if self.data.pairing == "row" and len(self.data.sources) > 1:
+            raise ValueError(
+                f'data.pairing = "row" takes the rows of one source, received {len(self.data.sources)}: '
+                'join them into one file, or pair by "class"'
+            )
+        if self.data.pairing == "class" and any(source.label is None for source in self.data.sources):
+            raise ValueError('data.pairing = "class" needs a label column in every [[data.sources]]')
+        return self
+
+
+def load(path: Path) -> Config:
+    """Read and check a configuration.
+
+    Raises:
+        ConfigError: no file, no TOML, an unknown key, a value that is not allowed, or parts that disagree.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a TOML or a UTF-8 error
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        problems = "\n".join(
+            f"  {_describe(problem['type'], problem['loc'], problem['msg'], problem['input'])}" for problem in error.errors()
+        )
+        raise ConfigError(f"{path}:\n{problems}") from error
+
+
+def _describe(kind: str, location: tuple[str | int, ...], message: str, received: object) -> str:
+    tables, path = _follow(location[:-1] if kind == "extra_forbidden" else location)
+    if kind == "extra_forbidden":
+        key = str(location[-1])
+        allowed = sorted({name for table in tables for name in table.model_fields})
+        near = difflib.get_close_matches(key, allowed, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{'.'.join([*path, key])}: unknown key: {hint}Allowed: {', '.join(allowed)}"
+    message = message.removeprefix("Value error, ")
+    if isinstance(received, dict | list) or kind == "missing":
+        return f"{'.'.join(path)}: {message}" if path else message
+    return f"{'.'.join(path)}: {message}, received {received!r}"
+
+
+def _follow(location: tuple[str | int, ...]) -> tuple[list[type[BaseModel]], list[str]]:
+    """The tables that a pydantic location leads to, and the place as the file's author would write it.
+
+    pydantic puts the tag of a union (``image``, ``Hub``) into the location; it names no key and is left out of the place.
+    """
+    tables: list[type[BaseModel]] = [Config]
+    path: list[str] = []
+    for part in location:
+        if isinstance(part, int):
+            path[-1] += f"[{part}]"
+            continue
+        fields = [table.model_fields[part] for table in tables if part in table.model_fields]
+        tagged = [t for t in tables if "kind" in t.model_fields and t.model_fields["kind"].default == part]
+        if fields:
+            path.append(part)
+            tables = [table for field in fields for table in _tables_in(field.annotation)]
+        elif tagged:
+            tables = tagged
+        elif part not in ("Path", "Hub"):
+            path.append(part)  # a key of a free mapping, such as columns
+    return tables, path
+
+
+def _tables_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [table for argument in get_args(annotation) for table in _tables_in(argument)]
