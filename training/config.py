@@ -68,7 +68,7 @@ class Data(_Table):
     folder: Path = Path("data")
     """Relative to the working directory; ``--data`` and ``CONCORD_DATA`` come before it."""
     pairing: Literal["row", "class"]
-    """row: the rows of the one source. class: the rows of the first, each with random rows of the others that share its class."""
+    """row: the rows of the one source. class: rows of the first source, each with random rows of the others of its class."""
     random_offset: tuple[str, ...] = ()
     """Text modalities placed at random inside their length, anew each epoch."""
     class_names: tuple[str, ...] | None = None

@@ -1,0 +1,190 @@
+"""Rows with missing modalities -> batches; pairing by row or by class."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.bundle import DataSource
+from model.modality import Modality, VectorModality
+from training.config import Config, Data
+from training.sources import UNKNOWN, DataError, Split, Table, read_table
+
+__all__ = ["Batch", "DataError", "Dataset", "load"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as the networks take them."""
+
+    arrays: dict[str, Shaped[Tensor, "batch ..."]]
+    """By modality, (batch, *modality.shape): images in [0, 1] float32, texts int64; zeros where absent."""
+    present: Bool[Tensor, "batch modality"]
+    """In the order of the configuration's modalities; at least one true a row."""
+    labels: Int64[Tensor, " batch"] | None
+    """Class numbers, -1 where unknown. None: the data has no labels."""
+
+
+class Dataset:
+    """The rows of one split, in memory. ``load`` makes it.
+
+    Attributes:
+        modalities: as configured, the statistics of vectors filled in.
+        class_names: in the order of the label numbers. None: the data names no classes.
+        sources: what was read.
+    """
+
+    def __init__(self, tables: Sequence[Table], modalities: Sequence[Modality], data: Data, rows_per_epoch: int | None) -> None:
+        self.modalities = tuple(modalities)
+        self.class_names = tables[0].class_names
+        self.sources: list[DataSource] = [table.facts for table in tables]
+        self._tables = tables
+        self._rows_per_epoch = rows_per_epoch
+        self._table_of = {name: index for index, table in enumerate(tables) for name in table.arrays}
+        self._partners = [_Partners(tables[0], table) for table in tables[1:]] if data.pairing == "class" else []
+        self._free = {name: _free_characters(tables[self._table_of[name]].arrays[name]) for name in data.random_offset}
+        if rows_per_epoch is not None and rows_per_epoch > len(self):
+            raise DataError(f"{self.sources[0].file}: has {len(self)} rows, data.rows_per_epoch is {rows_per_epoch}. Lower it")
+
+    def __len__(self) -> int:
+        return len(self._tables[0])
+
+    def steps_per_epoch(self, batch_size: int, *, shuffle: bool = True) -> int:
+        """Batches of one epoch. Training (``shuffle``) drops a last, smaller batch unless it is the only one."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, received {batch_size}")
+        rows = (self._rows_per_epoch or len(self)) if shuffle else len(self)
+        return max(1, rows // batch_size) if shuffle else -(-rows // batch_size)
+
+    def batches(self, epoch: int, batch_size: int, seed: int, start: int = 0, *, shuffle: bool = True) -> Iterator[Batch]:
+        """The batches of one epoch from step ``start`` on.
+
+        A pure function of its arguments: step k is the same batch whether or not the steps before it were taken, so that a resumed
+        run goes on exactly. Each epoch draws anew the order (``shuffle``), the partners of class pairing and the offsets of texts.
+
+        Args:
+            epoch, seed: 0 and above.
+            start: first step; at or past the end nothing is left.
+            shuffle: training: rows in random order, at most ``rows_per_epoch`` of them. Else every row once, in file order.
+        """
+        steps = self.steps_per_epoch(batch_size, shuffle=shuffle)
+        rows = np.arange(len(self))
+        if shuffle:
+            rows = _generator(seed, epoch, 0).permutation(rows)[: self._rows_per_epoch]
+        columns = [rows]  # for each table, the row that each position of the epoch takes
+        for stream, partners in enumerate(self._partners, start=1):
+            columns.append(partners.draw(rows, _generator(seed, epoch, stream)))
+        offsets = {}
+        for stream, (name, free) in enumerate(self._free.items(), start=len(columns)):
+            offsets[name] = _generator(seed, epoch, stream).integers(0, free[columns[self._table_of[name]]] + 1)
+        for step in range(start, steps):
+            part = slice(step * batch_size, (step + 1) * batch_size)
+            yield self._batch([column[part] for column in columns], {name: offset[part] for name, offset in offsets.items()})
+
+    def _batch(self, rows: list[NDArray[np.int64]], offsets: dict[str, NDArray[np.int64]]) -> Batch:
+        arrays, present = {}, []
+        for modality in self.modalities:
+            index = self._table_of[modality.name]
+            table, chosen = self._tables[index], rows[index]
+            values = table.arrays[modality.name][chosen]
+            if modality.name in offsets:
+                values = _shift(values, offsets[modality.name])
+            tensor = torch.from_numpy(values)
+            arrays[modality.name] = tensor / 255 if tensor.dtype == torch.uint8 else tensor
+            present.append(torch.from_numpy(table.present[modality.name][chosen]))
+        labels = self._tables[0].labels
+        return Batch(arrays, torch.stack(present, dim=1), None if labels is None else torch.from_numpy(labels[rows[0]]))
+
+
+def load(config: Config, split: Split, folder: Path | None = None) -> Dataset:
+    """Read one split of the configured sources.
+
+    Args:
+        folder: where paths start. None: the environment's ``CONCORD_DATA``, else the configuration's.
+
+    Raises:
+        DataError: anything that keeps the rows from being trained on; see ``sources.read_table``.
+    """
+    folder = folder or Path(os.environ.get("CONCORD_DATA") or config.data.folder)
+    modalities = _with_statistics(config, folder)
+    tables = [read_table(source, split, modalities, folder, config.data.class_names) for source in config.data.sources]
+    return Dataset(tables, list(modalities.values()), config.data, config.data.rows_per_epoch if split == "train" else None)
+
+
+def _with_statistics(config: Config, folder: Path) -> dict[str, Modality]:
+    """The modalities by name; vectors that lack mean or standard deviation get those of the training rows, for either split."""
+    modalities: dict[str, Modality] = {m.name: m for m in config.modalities}
+    for source in config.data.sources:
+        for name in source.columns:
+            vector = modalities[name]
+            if not isinstance(vector, VectorModality) or (vector.mean is not None and vector.std is not None):
+                continue
+            raw = vector.model_copy(update={"mean": None, "std": None})
+            table = read_table(source, "train", {**modalities, name: raw}, folder, config.data.class_names)
+            values = table.arrays[name][table.present[name]].astype(np.float64)
+            if len(values) == 0:
+                raise DataError(f"{table.facts.file}: no row holds {name}: give it a mean and a std, or leave the modality out")
+            std = values.std(axis=0)
+            found = {"mean": tuple(values.mean(axis=0).tolist()), "std": tuple(np.where(std > 0, std, 1.0).tolist())}
+            given = {key: value for key in found if (value := getattr(vector, key)) is not None}
+            modalities[name] = vector.model_copy(update={**found, **given})
+    return modalities
+
+
+class _Partners:
+    """Rows of another table that share the class of an anchor's row."""
+
+    def __init__(self, anchors: Table, table: Table) -> None:
+        assert anchors.labels is not None  # the configuration promises labels
+        assert table.labels is not None
+        files = (anchors.facts.file, table.facts.file)
+        for file, labels in zip(files, (anchors.labels, table.labels), strict=True):
+            if (unknown := np.flatnonzero(labels == UNKNOWN)).size:
+                raise DataError(
+                    f"{file}: row {unknown[0]} has no label. Pairing by class needs one in every row: remove the others"
+                )
+        if anchors.class_names and table.class_names and anchors.class_names != table.class_names:
+            raise DataError(
+                f"{files[0]} and {files[1]} name their classes differently: {anchors.class_names}, {table.class_names}. "
+                "Bring the labels into one order, or name the classes in data.class_names"
+            )
+        self._classes = anchors.labels
+        self._order = np.argsort(table.labels, kind="stable")
+        self._counts = np.bincount(table.labels, minlength=int(anchors.labels.max()) + 1)
+        self._starts = np.cumsum(self._counts) - self._counts
+        lonely = np.setdiff1d(anchors.labels, table.labels)
+        if lonely.size:
+            words = [
+                f"{label} ({anchors.class_names[label]})" if anchors.class_names else f"{label}" for label in lonely.tolist()
+            ]
+            raise DataError(
+                f"{files[1]}: no row of class {', '.join(words)}, which {files[0]} has. Add some, or remove the class"
+            )
+
+    def draw(self, rows: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+        """A row for each anchor row, uniformly among those of its class."""
+        classes = self._classes[rows]
+        return np.asarray(self._order[self._starts[classes] + generator.integers(0, self._counts[classes])])
+
+
+def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng((seed, epoch, stream))
+
+
+def _free_characters(tokens: Int64[np.ndarray, "row length"]) -> Int64[np.ndarray, " row"]:
+    """Padding at the end of each text."""
+    length = tokens.shape[1]
+    used = np.where(tokens != 0, np.arange(1, length + 1), 0).max(axis=1)
+    return np.asarray(length - used)
+
+
+def _shift(tokens: Int64[np.ndarray, "row length"], offset: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, "row length"]:
+    """Each text moved right by its offset; what leaves at the end is padding, and comes back as such at the beginning."""
+    length = tokens.shape[1]
+    return np.asarray(np.take_along_axis(tokens, (np.arange(length) - offset[:, None]) % length, axis=1))
