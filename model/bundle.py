@@ -232,7 +232,9 @@ def _check_graph(file: Path) -> None:
         raise BundleError(f"{file}: holds function definitions, which no bundle needs")
     used = {opset.domain for opset in graph.opset_import} | {node.domain for node in graph.graph.node}
     if used - ALLOWED_DOMAINS:
-        raise BundleError(f"{file}: uses operators of {sorted(used - ALLOWED_DOMAINS)}; only standard ONNX operators are allowed")
+        raise BundleError(
+            f"{file}: uses operators of {sorted(used - ALLOWED_DOMAINS)}; only standard ONNX operators are allowed"
+        )
     for node in graph.graph.node:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             raise BundleError(f"{file}: holds control flow ({node.op_type}), which no bundle needs")

@@ -141,9 +141,13 @@ class Runtime:
         try:
             session = onnxruntime.InferenceSession(str(self.bundle.path / name), options, providers=providers)
         except Exception as error:  # ONNX Runtime's own exception classes are private
-            raise bundle.BundleError(f"{self.bundle.path / name}: ONNX Runtime refuses the graph ({type(error).__name__}: {error})") from error
+            raise bundle.BundleError(
+                f"{self.bundle.path / name}: ONNX Runtime refuses the graph ({type(error).__name__}: {error})"
+            ) from error
         if session.get_providers()[0] != providers[0]:
-            raise bundle.BundleError(f"ONNX Runtime could not start {providers[0]}: its CUDA libraries or the driver are missing")
+            raise bundle.BundleError(
+                f"ONNX Runtime could not start {providers[0]}: its CUDA libraries or the driver are missing"
+            )
         return session
 
 

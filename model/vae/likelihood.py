@@ -1,0 +1,45 @@
+"""log p(x_m | z) of each likelihood, as functions of what a decoder puts out.
+
+A decoder puts out unconstrained numbers ("raw"): logits for images, characters and attributes, the location itself for vectors.
+Everything here is elementary functions alone, because the fused losses of PyTorch do not convert to ONNX when differentiated.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from model.modality import Modality, TextModality, VectorModality
+
+
+def expectation(modality: Modality, raw: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    """What the decoder expects: image in [0, 1], vector, attribute probabilities; for text the log-probability of each character."""
+    if isinstance(modality, TextModality):
+        return torch.log_softmax(raw, dim=-1)
+    return raw if isinstance(modality, VectorModality) else torch.sigmoid(raw)
+
+
+def log_likelihood(
+    modality: Modality, raw: Float[Tensor, "batch ..."], x: Shaped[Tensor, "batch ..."]
+) -> Float[Tensor, " batch"]:
+    """log p(x | z) of each row in nats, unweighted, summed over the modality's values.
+
+    Args:
+        raw: the decoder's output: (batch, *shape), for text (batch, length, alphabet).
+        x: the observed rows; token ids for text, float otherwise.
+    """
+    if isinstance(modality, TextModality):
+        tokens = torch.arange(raw.shape[-1], device=raw.device)
+        chosen = (x.unsqueeze(-1) == tokens).to(raw.dtype)
+        return (torch.log_softmax(raw, dim=-1) * chosen).flatten(1).sum(1)
+    if modality.likelihood == "bernoulli":
+        # The logarithm of the sigmoid, safe at both ends.
+        terms = raw * x - raw.clamp(min=0) - torch.log1p(torch.exp(-raw.abs()))
+        return terms.flatten(1).sum(1)
+    distance = (x - expectation(modality, raw)) / modality.scale
+    if modality.likelihood == "laplace":
+        terms = -distance.abs() - math.log(2 * modality.scale)
+    else:
+        terms = -0.5 * distance.square() - math.log(modality.scale) - 0.5 * math.log(2 * math.pi)
+    return terms.flatten(1).sum(1)

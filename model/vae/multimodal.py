@@ -1,0 +1,109 @@
+"""The multimodal VAE: p(z) prod_m p(x_m | z), its posteriors, its objective and one refinement step."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from model.modality import Modality, resolve_weights
+from model.vae.gaussian import Gaussian, kl, sample
+from model.vae.likelihood import expectation, log_likelihood
+from model.vae.networks import decoder
+from model.vae.posterior import SetEncoder
+from model.vae.refiner import Refiner
+
+Arrays = Mapping[str, Shaped[Tensor, "batch ..."]]
+
+
+class MultimodalVAE(nn.Module):
+    """Joint encoder, refiner, aligned encoder and a decoder for each modality.
+
+    Args:
+        latent: size of z.
+        features, width: of the encoders, see ``SetEncoder``.
+        hidden: of the fusion, the refiner and the decoders.
+        beta: weight of the KL term (Higgins et al. 2017).
+    """
+
+    def __init__(
+        self, modalities: Sequence[Modality], *, latent: int, features: int, hidden: int, width: int, beta: float
+    ) -> None:
+        super().__init__()
+        self.modalities = tuple(modalities)
+        self.latent = latent
+        self.beta = beta
+        self.weights = resolve_weights(modalities)
+        self.joint = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width)
+        self.aligned = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width)
+        self.refiner = Refiner(latent=latent, hidden=hidden, beta=beta)
+        self.decoders = nn.ModuleDict({m.name: decoder(m, latent, hidden, width) for m in modalities})
+
+    def decode(self, name: str, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch ..."]:
+        """Expectation of one modality, see ``likelihood.expectation``."""
+        modality = next(m for m in self.modalities if m.name == name)
+        return expectation(modality, self.decoders[name](z).float())
+
+    def log_likelihoods(
+        self, arrays: Arrays, z: Float[Tensor, "batch sample latent"]
+    ) -> Float[Tensor, "batch sample modality"]:
+        """log p(x_m | z) in nats, unweighted, of every modality, absent ones included."""
+        batch, samples, _ = z.shape
+        flat = z.flatten(0, 1)
+        terms = []
+        for modality in self.modalities:
+            raw = self.decoders[modality.name](flat).float()
+            repeated = arrays[modality.name].repeat_interleave(samples, dim=0)
+            terms.append(log_likelihood(modality, raw, repeated).view(batch, samples))
+        return torch.stack(terms, dim=-1)
+
+    def evidence(
+        self, arrays: Arrays, present: Bool[Tensor, "batch modality"], z: Float[Tensor, "batch sample latent"]
+    ) -> Float[Tensor, " batch"]:
+        """Sum over present m of w_m log p(x_m | z), averaged over samples, in weighted nats."""
+        weights = torch.tensor([self.weights[m.name] for m in self.modalities], device=z.device)
+        weighted = self.log_likelihoods(arrays, z) * weights
+        return torch.where(present.unsqueeze(1), weighted, torch.zeros_like(weighted)).sum(-1).mean(-1)
+
+    def objective(
+        self,
+        arrays: Arrays,
+        present: Bool[Tensor, "batch modality"],
+        posterior: Gaussian,
+        anchor: Gaussian,
+        noise: Float[Tensor, "batch sample latent"],
+    ) -> Float[Tensor, " batch"]:
+        """E_q[evidence] - beta KL(q || anchor) of each row, in weighted nats, maximised.
+
+        With the prior N(0, I) as anchor this is the (weighted) ELBO of the modalities present.
+        """
+        return self.evidence(arrays, present, sample(posterior, noise)) - self.beta * kl(posterior, anchor)
+
+    def gradient(
+        self,
+        arrays: Arrays,
+        present: Bool[Tensor, "batch modality"],
+        posterior: Gaussian,
+        anchor: Gaussian,
+        noise: Float[Tensor, "batch sample latent"],
+    ) -> tuple[Gaussian, Float[Tensor, " batch"]]:
+        """Gradient of each row's objective with respect to its own posterior, and the objective."""
+
+        def of(mean: Tensor, log_var: Tensor) -> Tensor:
+            return self.objective(arrays, present, Gaussian(mean, log_var), anchor, noise)
+
+        objective, pullback = torch.func.vjp(of, posterior.mean, posterior.log_var)
+        mean, log_var = pullback(torch.ones_like(objective))
+        return Gaussian(mean, log_var), objective
+
+    def refine_step(
+        self,
+        arrays: Arrays,
+        present: Bool[Tensor, "batch modality"],
+        posterior: Gaussian,
+        anchor: Gaussian,
+        noise: Float[Tensor, "batch sample latent"],
+    ) -> tuple[Gaussian, Float[Tensor, " batch"]]:
+        """One step of the refiner, and the objective at the posterior that came in."""
+        gradient, objective = self.gradient(arrays, present, posterior, anchor, noise)
+        return self.refiner(posterior, gradient), objective
