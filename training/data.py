@@ -65,8 +65,8 @@ class Dataset:
     def batches(self, epoch: int, batch_size: int, seed: int, start: int = 0, *, shuffle: bool = True) -> Iterator[Batch]:
         """The batches of one epoch from step ``start`` on.
 
-        A pure function of its arguments: step k is the same batch whether or not the steps before it were taken, so that a resumed
-        run goes on exactly. Each epoch draws anew the order (``shuffle``), the partners of class pairing and the offsets of texts.
+        A pure function of its arguments: step k is the same batch whether or not the steps before it were taken, so that a
+        resumed run goes on exactly. Each epoch draws anew the order (``shuffle``), the partners and the offsets of texts.
 
         Args:
             epoch, seed: 0 and above.

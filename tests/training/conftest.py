@@ -1,0 +1,66 @@
+"""Small data for the training tests, drawn here: no file is kept, none is fetched."""
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """``datasets`` keeps a copy of what it reads: here, not among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that ``configs/digits.toml`` names: drawn digits, 60 rows to train and 30 to test.
+
+    ``mnist-*.parquet`` hold grey 28x28 PNG, ``mnist-m-*.parquet`` coloured 32x32 lossless WebP, each with a ClassLabel.
+    """
+    folder = tmp_path_factory.mktemp("digits")
+    generator = np.random.default_rng(0)
+    for split, rows in (("train", 60), ("test", 30)):
+        labels = (generator.permutation(rows) % 10).tolist()
+        write_images(folder / f"mnist-{split}.parquet", [draw_grey(label, generator) for label in labels], labels, "PNG")
+        labels = (generator.permutation(rows) % 10).tolist()
+        write_images(folder / f"mnist-m-{split}.parquet", [draw_photo(label, generator) for label in labels], labels, "WEBP")
+    return folder
+
+
+def draw_grey(label: int, generator: np.random.Generator) -> Image.Image:
+    image = Image.new("L", (28, 28))
+    _draw(image, label, 255, generator)
+    return image
+
+
+def draw_photo(label: int, generator: np.random.Generator) -> Image.Image:
+    ground, ink = generator.integers(0, 120, 3), generator.integers(136, 256, 3)
+    image = Image.new("RGB", (32, 32), tuple(ground.tolist()))
+    _draw(image, label, tuple(ink.tolist()), generator)
+    return image
+
+
+def _draw(image: Image.Image, label: int, ink: int | tuple[int, ...], generator: np.random.Generator) -> None:
+    x, y = generator.integers(-3, 4, 2) + image.width // 2
+    ImageDraw.Draw(image).text((x, y), str(label), fill=ink, font=ImageFont.load_default(size=22), anchor="mm")
+
+
+def write_images(file: Path, images: list[Image.Image], labels: list[int], image_format: str) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=WORDS)})
+    rows = {"image": [{"bytes": _file_of(image, image_format), "path": None} for image in images], "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+
+
+def _file_of(image: Image.Image, image_format: str) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, image_format, lossless=True)
+    return buffer.getvalue()

@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training import config
+
+CONFIGS = Path(config.__file__).parent / "configs"
+DIGITS = (CONFIGS / "digits.toml").read_text()
+SMALL = """
+name = "small"
+[[modalities]]
+name = "digit"
+kind = "image"
+channels = 1
+height = 28
+width = 28
+[[modalities]]
+name = "word"
+kind = "text"
+length = 8
+alphabet = " abc"
+[data]
+pairing = "row"
+[[data.sources]]
+train = "train.parquet"
+test = "test.parquet"
+columns = { digit = "image", word = "label" }
+licence = "none"
+"""
+
+
+def load(folder: Path, text: str) -> config.Config:
+    file = folder / "run.toml"
+    file.write_text(text)
+    return config.load(file)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.stem)
+def test_every_shipped_configuration_loads(file: Path) -> None:
+    loaded = config.load(file)
+    assert loaded.name == file.stem
+    assert f"python -m training fit training/configs/{file.name}" in file.read_text()
+
+
+def test_digits_holds_what_its_file_says() -> None:
+    digits = config.load(CONFIGS / "digits.toml")
+    assert [m.name for m in digits.modalities] == ["digit", "photo", "word"]
+    assert digits.data.sources[1].train == "mnist-m-train.parquet"
+    assert digits.data.random_offset == ("word",)
+
+
+def test_a_source_may_stand_on_the_hub() -> None:
+    place = config.load(CONFIGS / "digits-svhn.toml").data.sources[1].train
+    assert place == config.Hub(hub="ufldl-stanford/svhn", config="cropped_digits", split="train")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'name = "small"',
+            'name = "small"\nseeds = 1',
+            r"  seeds: unknown key: did you mean 'seed'\? Allowed: align, data, joint",
+        ),
+        ("height = 28", "height = 28\nhieght = 2", r"modalities\[0\]\.hieght: unknown key: did you mean 'height'\?"),
+        (
+            "length = 8",
+            "length = 8\nzzz = 2",
+            r"modalities\[1\]\.zzz: unknown key: Allowed: alphabet, kind, length, likelihood",
+        ),
+        ("licence", "license", r"data\.sources\[0\]\.license: unknown key: did you mean 'licence'\?"),
+        (
+            '"train.parquet"',
+            '{ hub = "a/b", splt = "x" }',
+            r"data\.sources\[0\]\.train\.splt: unknown key: did you mean 'split'\?",
+        ),
+        ('"train.parquet"', "3", r"data\.sources\[0\]\.train: Input should be a valid string, received 3"),
+        ("[data]", "[joint]\nlearning_rte = 1\n[data]", r"joint\.learning_rte: unknown key: did you mean 'learning_rate'\?"),
+        ("[data]", "[joint]\nlearning_rate = 0\n[data]", r"joint\.learning_rate: Input should be greater than 0, received 0"),
+        (
+            "[data]",
+            "[joint]\nlearning_rate = inf\n[data]",
+            r"joint\.learning_rate: Input should be a finite number, received inf",
+        ),
+        ('"row"', '"rows"', r"data\.pairing: Input should be 'row' or 'class', received 'rows'"),
+        ('pairing = "row"', "", r"data\.pairing: Field required"),
+        ("channels = 1", "channels = 2", r"modalities\[0\]\.channels: Input should be 1 or 3, received 2"),
+        ('kind = "text"', 'kind = "txt"', r"modalities\[1\]: .*'txt'.*'image', 'text', 'vector', 'binary'"),
+        ('" abc"', '" aa"', r"modalities\[1\]: the alphabet names a character twice"),
+        ('name = "word"', 'name = "digit"', r"\[\[modalities\]\] names one twice: \['digit', 'digit'\]"),
+        ('word = "label"', 'words = "label"', r"columns name \['words'\], the modalities are \['digit', 'word'\]"),
+        (', word = "label"', "", r"each modality needs exactly one column among \[\[data\.sources\]\]: word has 0"),
+        ('pairing = "row"', 'pairing = "row"\nrandom_offset = ["digit"]', r"random_offset names \['digit'\].*\['word'\]"),
+        ('"row"', '"class"', r'data\.pairing = "class" needs a label column in every'),
+        ('name = "small"', "name = small", r"run\.toml: not TOML \(Invalid value.*line 2"),
+    ],
+)
+def test_mistakes_are_named_with_their_place_and_what_is_allowed(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert load(tmp_path, SMALL).name == "small"
+    broken = SMALL.replace(old, new, 1)
+    if broken == SMALL:
+        pytest.fail(f"{old!r} is not in the configuration")
+    with pytest.raises(config.ConfigError, match=message):
+        load(tmp_path, broken)
+
+
+def test_rows_of_several_sources_cannot_be_paired_by_row(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r'"row" takes the rows of one source, received 2.*pair by "class"'):
+        load(tmp_path, DIGITS.replace('"class"', '"row"', 1))
+
+
+def test_one_column_a_modality_over_all_sources(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r"exactly one column .*: word has 2"):
+        load(tmp_path, DIGITS.replace('photo = "image"', 'photo = "image", word = "label"'))
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError) as caught:
+        load(tmp_path, SMALL.replace("height = 28", "height = 0").replace("length = 8", "length = -1"))
+    assert "modalities[0].height" in str(caught.value)
+    assert "modalities[1].length" in str(caught.value)
+
+
+def test_a_missing_or_garbled_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r"nowhere\.toml: cannot be read \(No such file"):
+        config.load(tmp_path / "nowhere.toml")
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
+    with pytest.raises(config.ConfigError, match=r"latin\.toml: not TOML .*utf-8"):
+        config.load(tmp_path / "latin.toml")
+
+
+def test_the_hash_is_of_the_meaning(tmp_path: Path) -> None:
+    plain = load(tmp_path, SMALL)
+    assert load(tmp_path, "# a comment\nseed = 0\n" + SMALL).sha256 == plain.sha256
+    assert load(tmp_path, "seed = 1\n" + SMALL).sha256 != plain.sha256
+    assert load(tmp_path, SMALL.replace("length = 8", "length = 9")).sha256 != plain.sha256
+
+
+def test_a_loaded_configuration_cannot_change(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(tmp_path, SMALL).seed = 3  # type: ignore[misc]
+
+
+@given(text=st.text(max_size=200))
+def test_any_text_loads_or_is_refused_in_words(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    with pytest.raises(config.ConfigError):  # no such text holds a whole configuration
+        load(tmp_path_factory.getbasetemp(), text.encode(errors="ignore").decode())
+
+
+@given(
+    key=st.sampled_from(["name", "seed", "data", "modalities", "network", "joint"]),
+    value=st.sampled_from(["[1]", "[[]]", "{ x = 1 }", "1979-05-27", "nan", "'?'"]),
+)
+def test_any_wrong_value_is_refused_with_its_place(tmp_path_factory: pytest.TempPathFactory, key: str, value: str) -> None:
+    with pytest.raises(config.ConfigError, match=rf"\n  {key}[.:\[]"):
+        load(tmp_path_factory.getbasetemp(), f"{key} = {value}\n")
