@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 from jaxtyping import Float32, Float64, Int64, Shaped
+from numpy.typing import NDArray
 
 from model.image import array_from_file, array_from_image, file_from_array
 from model.limits import DEFAULT_LIMITS, Code, CodecError, Limits
@@ -192,7 +193,7 @@ def _vector(modality: VectorModality, value: object) -> Float32[np.ndarray, " si
         numbers = np.array(_numbers(_listed(value, modality.size, "bad_vector", "a vector")), dtype=np.float64)
     mean, std = _statistics(modality)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
-        array = ((numbers - mean) / std).astype(np.float32)
+        array: NDArray[np.float32] = ((numbers - mean) / std).astype(np.float32)
     if not np.isfinite(array).all():
         index = int(np.argmin(np.isfinite(array)))
         raise CodecError(

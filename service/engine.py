@@ -1,0 +1,208 @@
+"""The inference thread: a bounded queue before it, futures behind it, a heartbeat inside."""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Sequence
+from time import monotonic
+
+import structlog
+
+from model.runtime import Runtime
+from service.scheduler import Observer, Row, Scheduler, Silent
+from service.work import Outcome, Refine, Refinement, Work
+
+__all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine", "Refinement", "Work"]
+
+BEAT_SECONDS = 0.5
+"""The idle thread beats this often."""
+MIN_RETRY_MS = 50
+
+log = structlog.get_logger(__name__)
+
+
+class QueueFull(Exception):  # noqa: N818 - a state, not a mistake
+    """The request does not fit. None of its items was taken.
+
+    Attributes:
+        waiting: items held.
+        retry_after_ms: milliseconds until they are likely to be done, at the present pace.
+    """
+
+    def __init__(self, waiting: int, retry_after_ms: int) -> None:
+        super().__init__(f"the queue holds {waiting} items")
+        self.waiting = waiting
+        self.retry_after_ms = retry_after_ms
+
+
+class EngineFailed(Exception):  # noqa: N818
+    """A graph raised, or the thread that runs them is gone. The cause is chained."""
+
+
+class _Request:
+    """Rows that are answered together."""
+
+    __slots__ = ("future", "loop", "missing", "rows")
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        now = monotonic()
+        self.rows = [Row(work, now) for work in works]
+        self.missing = len(self.rows)
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[list[Outcome]] = self.loop.create_future()
+
+    def answer(self, answer: list[Outcome] | EngineFailed) -> None:
+        """From the inference thread. Too late an answer is dropped."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self._resolve, answer)
+
+    def _resolve(self, answer: list[Outcome] | EngineFailed) -> None:
+        if self.future.done():
+            return
+        if isinstance(answer, EngineFailed):
+            self.future.set_exception(answer)
+        else:
+            self.future.set_result(answer)
+
+
+class Engine:
+    """Runs works in one thread of its own, whatever is waiting together, without timers.
+
+    Args:
+        runtime: the graphs.
+        max_queue_items: items held, waiting or under way, at most. A request is taken whole or refused.
+        max_batch: rows in one run of a graph.
+        observer: hears of batches, stages, waits and refinements, in the inference thread.
+    """
+
+    def __init__(
+        self, runtime: Runtime, *, max_queue_items: int = 512, max_batch: int = 64, observer: Observer | None = None
+    ) -> None:
+        self._scheduler = Scheduler(runtime, max_batch=max_batch, observer=observer or Silent())
+        self._max_queue_items = max_queue_items
+        self._max_batch = max_batch
+        self._waiting: deque[Row] = deque()
+        self._owners: dict[Row, _Request] = {}  # every row held; guarded by the condition, like the queue
+        self._changed = threading.Condition()
+        self._refusal: EngineFailed | None = EngineFailed("the engine is not started")
+        self._seconds_per_item = 0.0
+        self._beat = monotonic()
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+
+    @property
+    def queue_depth(self) -> int:
+        """Items that wait for their first run."""
+        return len(self._waiting)
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the inference thread last showed life. It beats between runs, and idle every ``BEAT_SECONDS``."""
+        return monotonic() - self._beat
+
+    def start(self) -> None:
+        """Start the thread. Once in an engine's life."""
+        self._refusal = None
+        self._beat = monotonic()
+        self._thread.start()
+
+    def stop(self, grace: float | None = None) -> None:
+        """Take no more, finish what is held, and end the thread. Blocks: call it off the event loop while requests run.
+
+        Args:
+            grace: seconds after which what is still held fails. None: as long as it takes.
+        """
+        with self._changed:
+            self._refusal = EngineFailed("the engine has stopped")
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join(grace)
+        self._fail_all(self._refusal)
+
+    async def submit(self, works: Sequence[Work]) -> list[Outcome]:
+        """Outcomes of one request, in its order. Cancelling the caller retires its rows.
+
+        Raises:
+            QueueFull: not all of the items fit now; none was taken.
+            EngineFailed: a graph raised on one of these rows, or the engine does not run.
+        """
+        if not works:
+            return []
+        request = _Request(works)
+        with self._changed:
+            if self._refusal is not None:
+                raise EngineFailed(*self._refusal.args) from self._refusal.__cause__
+            held = len(self._owners)
+            if held + len(works) > self._max_queue_items:
+                raise QueueFull(held, retry_after_ms=max(MIN_RETRY_MS, int(1000 * held * self._seconds_per_item)))
+            self._owners.update(dict.fromkeys(request.rows, request))
+            self._waiting.extend(request.rows)
+            self._changed.notify()
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            with self._changed:
+                self._release(request)
+            raise
+
+    def _run(self) -> None:
+        try:
+            busy = 0.0
+            while (rows := self._take()) is not None:
+                began = monotonic()
+                done = self._settle(self._scheduler.admit(rows)) + self._settle(self._scheduler.step())
+                busy += monotonic() - began
+                if done:
+                    self._seconds_per_item += 0.1 * (busy / done - self._seconds_per_item)
+                    busy = 0.0
+        except BaseException as error:  # SystemExit too: nobody may wait for a thread that is gone
+            log.critical("the inference thread died", exc_info=error)
+            failure = EngineFailed("the inference thread died")
+            failure.__cause__ = error
+            with self._changed:
+                self._refusal = failure
+            self._fail_all(failure)
+
+    def _take(self) -> list[Row] | None:
+        """Rows to admit, perhaps none; None when the engine is closed and has nothing left to do."""
+        with self._changed:
+            self._beat = monotonic()
+            if not self._waiting and not self._scheduler.active:
+                if self._refusal is not None:
+                    return None
+                self._changed.wait(BEAT_SECONDS)
+            return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
+
+    def _settle(self, rows: Sequence[Row]) -> int:
+        """Answer the requests that these rows complete or fail. Returns the number of rows."""
+        for row in rows:
+            with self._changed:
+                request = self._owners.pop(row, None)
+                if request is None:  # abandoned meanwhile
+                    continue
+                request.missing -= 1
+                if isinstance(row.outcome, Exception):
+                    self._release(request)
+            if isinstance(row.outcome, Exception):
+                log.error("a graph failed", exc_info=row.outcome)
+                failure = EngineFailed("the model failed on this request")
+                failure.__cause__ = row.outcome
+                request.answer(failure)
+            elif request.missing == 0:
+                request.answer([other.outcome for other in request.rows if isinstance(other.outcome, Outcome)])
+        return len(rows)
+
+    def _release(self, request: _Request) -> None:
+        """Forget a request that nobody waits for; with the condition held. Rows under way leave at the next tick."""
+        for row in request.rows:
+            row.abandoned = True
+            self._owners.pop(row, None)
+        self._waiting = deque(row for row in self._waiting if not row.abandoned)
+
+    def _fail_all(self, failure: EngineFailed) -> None:
+        with self._changed:
+            requests = set(self._owners.values())
+            for request in requests:
+                self._release(request)
+        for request in requests:
+            request.answer(failure)

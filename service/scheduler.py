@@ -1,0 +1,229 @@
+"""Which rows run together: greedy batches, one refinement step a tick, and faults kept to the row that caused them."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Protocol
+
+import numpy as np
+
+from model.modality import collate
+from model.runtime import Posterior, Runtime
+from service.refinement import Ascent, Stream, antithetic, noise
+from service.work import Outcome, Refinement, Work
+
+
+class Observer(Protocol):
+    """Who counts. Called in the inference thread: each call must be short and must not raise."""
+
+    def batch(self, size: int) -> None:
+        """``size`` rows were encoded together."""
+
+    def stage(self, name: str, seconds: float) -> None:
+        """One run of encode, refine or generate took so long."""
+
+    def waited(self, seconds: float) -> None:
+        """A row left the queue."""
+
+    def refined(self, refinement: Refinement) -> None:
+        """A row's refinement ended."""
+
+
+class Silent:
+    """The observer that counts nothing."""
+
+    def batch(self, size: int) -> None: ...
+    def stage(self, name: str, seconds: float) -> None: ...
+    def waited(self, seconds: float) -> None: ...
+    def refined(self, refinement: Refinement) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A work on its way through the scheduler."""
+
+    work: Work
+    arrived: float
+    """Seconds, monotonic."""
+    abandoned: bool = False
+    """Nobody waits any more: set from any thread, the row leaves at the next tick."""
+    outcome: Outcome | Exception | None = None
+    """Set when the row leaves; None only for abandoned rows."""
+    mean: np.ndarray = field(init=False)
+    log_var: np.ndarray = field(init=False)
+    ascent: Ascent | None = None
+    refinement: Refinement | None = None
+    generated: dict[str, np.ndarray] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("queue", "encode", "refine", "generate"), 0.0))
+
+
+class Scheduler:
+    """Rows between the queue and their outcomes. For one thread.
+
+    Rows without refinement leave in the call that admitted them. The others take one step in each ``step``, whichever rows are
+    active together, so that a long refinement never holds back a short one. No answer depends on a row's neighbours.
+
+    Args:
+        max_batch: rows in one run of a graph.
+    """
+
+    def __init__(self, runtime: Runtime, *, max_batch: int, observer: Observer) -> None:
+        self._runtime = runtime
+        self._max_batch = max_batch
+        self._observer = observer
+        self._active: deque[Row] = deque()
+
+    @property
+    def active(self) -> int:
+        """Rows under refinement."""
+        return len(self._active)
+
+    def admit(self, rows: Sequence[Row]) -> list[Row]:
+        """Encode rows together, at most ``max_batch``.
+
+        Returns:
+            the rows that are finished, failed or not.
+        """
+        rows = [row for row in rows if not row.abandoned]
+        now = monotonic()
+        for row in rows:
+            row.timings["queue"] = now - row.arrived
+            self._observer.waited(now - row.arrived)
+        encoded, left = self._isolate("encode", self._encode, rows)
+        unrefined = []
+        now = monotonic()
+        for row in encoded:
+            if row.work.refine.steps > 0:
+                row.ascent = self._begin(row, now)
+                self._active.append(row)
+            else:
+                unrefined.append(row)
+        return left + self._finish(unrefined)
+
+    def step(self) -> list[Row]:
+        """One refinement step of the ``max_batch`` active rows that waited longest for theirs.
+
+        Returns:
+            the rows that are finished, failed or not.
+        """
+        turn: list[Row] = []
+        while self._active and len(turn) < self._max_batch:
+            row = self._active.popleft()
+            if not row.abandoned:
+                turn.append(row)
+        stepped, left = self._isolate("refine", self._refine, turn)
+        done = []
+        for row in stepped:
+            if row.refinement is None:
+                self._active.append(row)
+            else:
+                self._observer.refined(row.refinement)
+                done.append(row)
+        return left + self._finish(done)
+
+    def _isolate(self, stage: str, run: Callable[[list[Row]], None], rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        """Run a stage; when it raises, run each half alone, down to the rows that cannot be run.
+
+        This keeps a fault from the neighbours, and lets a batch that is too large for the memory through in parts.
+
+        Returns:
+            the rows that ran and those that failed.
+        """
+        if not rows:
+            return [], []
+        began = monotonic()
+        try:
+            run(rows)
+        except Exception as error:  # whatever the graphs raise
+            if len(rows) == 1:
+                rows[0].outcome = error
+                return [], rows
+            half = len(rows) // 2
+            ran, failed = self._isolate(stage, run, rows[:half])
+            more_ran, more_failed = self._isolate(stage, run, rows[half:])
+            return ran + more_ran, failed + more_failed
+        seconds = monotonic() - began
+        self._observer.stage(stage, seconds)
+        for row in rows:
+            row.timings[stage] += seconds
+        return rows, []
+
+    def _encode(self, rows: list[Row]) -> None:
+        inputs, present = collate(self._runtime.modalities, [row.work.row for row in rows])
+        posterior = self._runtime.encode(inputs, present)
+        if not (np.isfinite(posterior.mean).all() and np.isfinite(posterior.log_var).all()):
+            raise FloatingPointError("the encoder answered with numbers that are not finite")
+        self._observer.batch(len(rows))
+        for row, mean, log_var in zip(rows, posterior.mean, posterior.log_var, strict=True):
+            row.mean, row.log_var = mean, log_var
+
+    def _begin(self, row: Row, now: float) -> Ascent:
+        work, samples = row.work, self._runtime.samples
+        half = noise(work.seed, work.index, Stream.REFINE, (samples + 1) // 2, self._runtime.latent)
+        return Ascent(
+            work.refine,
+            row.mean,
+            row.log_var,
+            complete=len(work.row) == len(self._runtime.modalities),
+            noise=antithetic(half, samples),
+            now=now,
+        )
+
+    def _refine(self, rows: list[Row]) -> None:
+        ascents = [row.ascent for row in rows if row.ascent is not None]
+        inputs, present = collate(self._runtime.modalities, [row.work.row for row in rows])
+        posterior = Posterior(*(np.stack(parts) for parts in zip(*(ascent.posterior for ascent in ascents), strict=True)))
+        anchor = Posterior(*(np.stack(parts) for parts in zip(*(ascent.anchor for ascent in ascents), strict=True)))
+        following, objectives = self._runtime.refine(
+            inputs, present, posterior, anchor, np.stack([ascent.noise for ascent in ascents])
+        )
+        finite = np.isfinite(following.mean).all(axis=1) & np.isfinite(following.log_var).all(axis=1)
+        now = monotonic()
+        turns = zip(rows, ascents, objectives.tolist(), following.mean, following.log_var, finite.tolist(), strict=True)
+        for row, ascent, objective, mean, log_var, is_finite in turns:
+            if not ascent.advance(objective, mean, log_var, finite=is_finite, now=now):
+                row.mean, row.log_var = ascent.best
+                row.refinement = ascent.refinement()
+
+    def _finish(self, rows: list[Row]) -> list[Row]:
+        generating = [row for row in rows if row.work.targets]
+        self._isolate("generate", self._generate, generating)
+        for row in rows:
+            if row.outcome is None:
+                row.outcome = Outcome(
+                    mean=row.mean,
+                    log_var=row.log_var,
+                    sample=self._draw(row, Stream.EMBED, 1, 1.0)[0] if row.work.sample_embedding else None,
+                    generated=row.generated,
+                    refinement=row.refinement,
+                    timings=row.timings,
+                )
+        return rows
+
+    def _generate(self, rows: list[Row]) -> None:
+        zs = [self._latents(row) for row in rows]
+        for modality in self._runtime.modalities:
+            chosen = [index for index, row in enumerate(rows) if modality.name in row.work.targets]
+            if not chosen:
+                continue
+            z = np.concatenate([zs[index] for index in chosen])
+            chunks = [z[start : start + self._max_batch] for start in range(0, len(z), self._max_batch)]
+            values = np.concatenate([self._runtime.decode(modality.name, chunk) for chunk in chunks])
+            if np.isnan(values).any():
+                raise FloatingPointError(f"the decoder of {modality.name} answered with numbers that are not finite")
+            ends = np.cumsum([len(zs[index]) for index in chosen])
+            for index, own in zip(chosen, np.split(values, ends[:-1]), strict=True):
+                rows[index].generated[modality.name] = own
+
+    def _latents(self, row: Row) -> np.ndarray:
+        work = row.work
+        if work.latent == "mean":
+            return np.repeat(row.mean[np.newaxis], work.num_samples, axis=0)
+        return self._draw(row, Stream.GENERATE, work.num_samples, work.temperature)
+
+    def _draw(self, row: Row, stream: Stream, count: int, temperature: float) -> np.ndarray:
+        """z = mean + temperature · standard deviation · noise, (count, latent)."""
+        eps = noise(row.work.seed, row.work.index, stream, count, self._runtime.latent)
+        z: np.ndarray = row.mean + np.float32(temperature) * np.exp(row.log_var / 2) * eps
+        return z
