@@ -1,0 +1,112 @@
+"""The command line: ``python -m service`` serves, ``python -m service openapi`` prints the contract."""
+
+import math
+import socket
+import sys
+from typing import Annotated, Any, NoReturn
+
+import orjson
+import structlog
+import typer
+import uvicorn
+from pydantic import ValidationError
+
+from model.bundle import BundleError
+from model.runtime import Runtime
+from service.app import create
+from service.settings import PREFIX, Settings, explain
+from service.telemetry import configure_logging
+
+BAD_USAGE = 2
+FAILED = 1
+
+cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+_EPILOG = (
+    f"Every setting is an environment variable {PREFIX}<NAME>: "
+    + ", ".join(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)
+    + ". Options overrule them."
+)
+
+
+@cli.callback(invoke_without_command=True, epilog=_EPILOG)
+def serve(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 listens to the whole network.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one, which the log names.")] = None,
+    bundle: Annotated[str | None, typer.Option(help="Name of a built-in bundle, or path of a bundle's folder.")] = None,
+) -> None:
+    """Serve a bundle over HTTP: POST /embed, POST /cross-generate, GET /readyz, GET /openapi.json.
+
+    Try it: curl -F word=seven localhost:8000/embed
+    """
+    given: dict[str, Any] = {
+        name: value for name, value in (("host", host), ("port", port), ("bundle", bundle)) if value is not None
+    }
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        _stop(explain(error), BAD_USAGE)
+    context.obj = settings
+    if context.invoked_subcommand is None:
+        _serve(settings)
+
+
+@cli.command()
+def openapi(context: typer.Context) -> None:
+    """Print the OpenAPI document of the bundle's API."""
+    app = create(_open(context.obj), context.obj)
+    sys.stdout.buffer.write(orjson.dumps(app.openapi(), option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _serve(settings: Settings) -> None:
+    configure_logging(settings)
+    listener = _bind(settings.host, settings.port)
+    runtime = _open(settings)
+    app = create(runtime, settings)
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(settings.request_timeout_ms / 1000),
+    )
+    host, port = listener.getsockname()[:2]
+    manifest = runtime.bundle.manifest
+    structlog.get_logger("concord").info(
+        "serving", host=host, port=port, bundle=f"{manifest.name}@{manifest.version}", device=runtime.device
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Bound, not yet listening: what connects before the bundle is loaded is refused and tries again."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        _stop(f"cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or choose another --port", FAILED)
+    return listener
+
+
+def _open(settings: Settings) -> Runtime:
+    try:
+        return Runtime.load(settings.bundle_path(), device=settings.device, threads=settings.threads)
+    except BundleError as error:
+        _stop(str(error), FAILED)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    cli(prog_name="python -m service")

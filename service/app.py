@@ -1,0 +1,67 @@
+"""The ASGI application: routes, the layers around them, and the life of what they serve."""
+
+import contextlib
+import platform
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+import onnxruntime
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from model.runtime import Runtime
+from service import contract, models, probes, routes
+from service.body import BodyLimit
+from service.errors import Problem, answer_http_exception, answer_problem
+from service.serving import Serving
+from service.settings import Settings
+from service.telemetry import Metrics, Telemetry
+
+
+def create(runtime: Runtime, settings: Settings) -> FastAPI:
+    """An app that serves one opened bundle. It is warmed and checked in its lifespan, before the first request."""
+    bundle = runtime.bundle
+    metrics = Metrics(
+        {
+            "name": bundle.manifest.name,
+            "version": bundle.manifest.version,
+            "sha256": bundle.sha256,
+            "device": runtime.device,
+        },
+        {"version": version("concord"), "python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
+    )
+    serving = Serving(runtime, settings, metrics)
+    metrics.watch(lambda: serving.engine.queue_depth, serving.ready)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await serving.start()
+        try:
+            yield
+        finally:
+            await serving.stop()
+
+    app = FastAPI(
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # their pages load scripts from other hosts
+        redoc_url=None,
+        middleware=[
+            Middleware(Telemetry, metrics=metrics, model_version=bundle.manifest.version),
+            Middleware(BodyLimit, limit=settings.max_body_bytes),
+        ],
+        exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
+    )
+    app.state.serving = serving
+    for router in (routes.router, models.router, probes.router):
+        app.include_router(router)
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = contract.document(app, runtime.modalities, settings.max_items)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents
+    return app

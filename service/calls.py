@@ -1,0 +1,177 @@
+"""A call: the body of a request turned into options and rows. Runs in a worker thread; whatever is wrong is found here."""
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from model import codec
+from model.modality import ImageModality, Modality, TextModality
+from service.body import OPTIONS_PART, Form, parse_object
+from service.errors import Fault, Problem
+from service.schemas import CallOptions
+
+MAX_ID_CHARACTERS = 128
+_SHOWN_FAULTS = 8
+_MOST_FIELDS = 64
+
+O = TypeVar("O", bound=CallOptions)  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample, decoded. ``row`` holds the modalities that are present, in the bundle's order."""
+
+    index: int
+    id: str | None
+    row: dict[str, NDArray[Any]]
+    images: int
+    text_characters: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One sample that gets no result."""
+
+    index: int
+    id: str | None
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class Call(Generic[O]):
+    """``items`` stand in the order of the request."""
+
+    options: O
+    items: list[Item | Rejected]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads calls for one bundle."""
+
+    modalities: tuple[Modality, ...]
+    limits: codec.Limits
+    max_items: int
+    max_refine_steps: int
+
+    def read(self, body: bytes | Form, query: Sequence[tuple[str, str]], options: type[O]) -> Call[O]:
+        """Parse, validate, decode.
+
+        Args:
+            query: the query's parameters; each may name an option (``refine.steps=4``), which the body overrules.
+
+        Raises:
+            Problem: the options are wrong, or ``inputs`` is no list of allowed length. What is wrong with one item is in its
+                place in ``Call.items``.
+        """
+        if isinstance(body, Form):
+            fields = parse_object(body.options, f"part {OPTIONS_PART!r}") if body.options is not None else {}
+            values: object = [self._from_form(body.sample)]
+            if "inputs" in fields:
+                raise Problem.of([Fault("/inputs", "invalid_value", "a form's parts are its one input: leave inputs out")])
+        else:
+            fields = parse_object(body, "the body")
+            values = fields.pop("inputs", None)
+        if not isinstance(values, list) or not 1 <= len(values) <= self.max_items:
+            received = f"{len(values)} of them" if isinstance(values, list) else reprlib.repr(values)
+            raise Problem.of(
+                [Fault("/inputs", "invalid_value", f"a list of 1 to {self.max_items} items is expected, received {received}")]
+            )
+        parsed = _options(options, query, fields)
+        if parsed.refine.steps > self.max_refine_steps:
+            detail = f"{parsed.refine.steps} steps; at most {self.max_refine_steps} are allowed"
+            raise Problem.of([Fault("/refine/steps", "out_of_range", detail)])
+        return Call(parsed, [self._item(index, value) for index, value in enumerate(values)])
+
+    def _from_form(self, sample: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
+        """A part that is no file holds what JSON would hold: base64 for a picture, else what the file would hold."""
+        written = {"id"} | {m.name for m in self.modalities if isinstance(m, ImageModality)}
+        return {
+            name: value.encode() if isinstance(value, str) and name not in written else value for name, value in sample.items()
+        }
+
+    def _item(self, index: int, value: object) -> Item | Rejected:
+        here = f"/inputs/{index}"
+        if not isinstance(value, dict):
+            detail = f"an item is an object with a value for each modality, received {reprlib.repr(value)}"
+            return Rejected(index, None, Problem.of([Fault(here, "invalid_value", detail)]))
+        name = value.get("id")
+        faults = []
+        if name is not None and not (isinstance(name, str) and len(name) <= MAX_ID_CHARACTERS):
+            faults.append(Fault(f"{here}/id", "invalid_value", f"an id is a string of at most {MAX_ID_CHARACTERS} characters"))
+            name = None
+        known = {m.name: m for m in self.modalities}
+        unknown = [key for key in value if key not in known and key != "id"]
+        faults += [
+            Fault(f"{here}/{_token(key)}", "unknown_modality", f"no modality of this name: there are {', '.join(known)}")
+            for key in unknown[:_SHOWN_FAULTS]
+        ]
+        given = [(m, value[m.name]) for m in self.modalities if value.get(m.name) is not None]
+        if not given and not faults:
+            faults.append(Fault(here, "empty_subset", f"no modality is given: send at least one of {', '.join(known)}"))
+        row, images, characters = {}, 0, 0
+        for modality, content in given:
+            try:
+                row[modality.name] = self._decode(modality, content)
+            except codec.CodecError as error:
+                faults.append(Fault(f"{here}/{modality.name}{error.pointer}", error.code, error.detail))
+                continue
+            images += isinstance(modality, ImageModality)
+            if isinstance(modality, TextModality):
+                characters += len(content.decode() if isinstance(content, bytes) else content)
+        return Rejected(index, name, Problem.of(faults)) if faults else Item(index, name, row, images, characters)
+
+    def _decode(self, modality: Modality, content: object) -> NDArray[Any]:
+        if isinstance(content, bytes):
+            return np.asarray(codec.decode_bytes(modality, content, self.limits))
+        return np.asarray(codec.decode(modality, content, self.limits))
+
+
+def _options(model: type[O], query: Sequence[tuple[str, str]], fields: dict[str, Any]) -> O:
+    if len(fields) > _MOST_FIELDS:
+        raise Problem("invalid_value", f"the body names {len(fields)} options: there are {', '.join(model.model_fields)}")
+    try:
+        if query:
+            loose = model.model_validate(_nested(query, model), strict=False)  # everything in a query is a string
+            asked = loose.model_dump(exclude_unset=True)
+            for name, value in fields.items():
+                both = isinstance(value, dict) and isinstance(asked.get(name), dict)
+                asked[name] = {**asked[name], **value} if both else value
+            fields = asked
+        return model.model_validate(fields)
+    except ValidationError as error:
+        faults = [
+            Fault(
+                "".join(f"/{_token(str(part))}" for part in fault["loc"]),
+                "invalid_value",
+                f"no option of this name{'' if fault['loc'][1:] else ': there are ' + ', '.join(model.model_fields)}"
+                if fault["type"] == "extra_forbidden"
+                else f"{fault['msg']}; received {reprlib.repr(fault['input'])}",
+            )
+            for fault in error.errors(include_url=False, include_context=False)[:_SHOWN_FAULTS]
+        ]
+        raise Problem.of(faults) from error
+
+
+def _nested(query: Sequence[tuple[str, str]], model: type[CallOptions]) -> dict[str, Any]:
+    """``refine.steps=4`` as {"refine": {"steps": "4"}}; an option that is a list may be repeated."""
+    nested: dict[str, Any] = {}
+    for key, value in query:
+        name, dot, rest = key.partition(".")
+        if name == "targets" and "targets" in model.model_fields:
+            nested.setdefault(name, []).append(value)
+        elif dot and isinstance(nested.setdefault(name, {}), dict):
+            nested[name][rest] = value
+        else:
+            nested[name] = value
+    return nested
+
+
+def _token(key: str) -> str:
+    """A key within a JSON pointer (RFC 6901), cut short: a caller may send a key of megabytes."""
+    return key[:64].replace("~", "~0").replace("/", "~1")

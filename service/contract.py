@@ -1,0 +1,204 @@
+"""The OpenAPI document: what FastAPI knows of the routes, and what only the bundle knows, which is what an input looks like."""
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from model.codec import MEDIA_TYPES
+from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
+from service.calls import MAX_ID_CHARACTERS
+from service.errors import CODES, MEDIA_TYPE, Fault, Problem, ProblemSchema
+from service.routes import TIMEOUT_HEADER
+from service.schemas import CallOptions, EmbedOptions, GenerateOptions
+
+_CALLS: dict[str, type[CallOptions]] = {"/embed": EmbedOptions, "/cross-generate": GenerateOptions}
+_CALL_STATUSES = (400, 404, 405, 413, 415, 422, 500, 503, 504)
+_SMALLEST_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="  # one black pixel
+)
+_REF = "#/components/schemas/{model}"
+
+
+def document(app: FastAPI, modalities: tuple[Modality, ...], max_items: int) -> dict[str, Any]:
+    """The document of an app that serves a bundle of these modalities."""
+    described = get_openapi(
+        title="Concord",
+        version=version("concord"),
+        summary="One embedding from whatever modalities are there, and the missing ones generated from it.",
+        routes=app.routes,
+    )
+    schemas: dict[str, Any] = described["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which this service never answers with
+        schemas.pop(name, None)
+    problem = ProblemSchema.model_json_schema(ref_template=_REF)
+    schemas.update(problem.pop("$defs"))
+    schemas["ProblemSchema"] = problem
+    schemas["Input"] = _input(modalities)
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            calls = path in _CALLS
+            statuses = _CALL_STATUSES if calls else (404, 405, 500) if "{" in path else (405, 500)
+            operation["responses"].pop("422", None)
+            for status in statuses:
+                operation["responses"].setdefault(str(status), _problem(status))
+            if calls:
+                _describe_call(operation, schemas, modalities, _CALLS[path], max_items)
+    return described
+
+
+def _describe_call(
+    operation: dict[str, Any],
+    schemas: dict[str, Any],
+    modalities: tuple[Modality, ...],
+    options: type[CallOptions],
+    max_items: int,
+) -> None:
+    body = options.model_json_schema(ref_template=_REF)
+    schemas.update(body.pop("$defs"))
+    name = options.__name__
+    schemas[name] = {**body, "properties": dict(body["properties"])}
+    items = {"type": "array", "items": {"$ref": "#/components/schemas/Input"}, "minItems": 1, "maxItems": max_items}
+    request = name.replace("Options", "Request")
+    schemas[request] = {**body, "title": request, "properties": {"inputs": items, **body["properties"]}, "required": ["inputs"]}
+    sample = {"inputs": [{"id": "first", **{m.name: _example(m) for m in modalities[-1:]}}]}
+    all_but_one = {"inputs": [{m.name: _example(m) for m in modalities[1:]}], "seed": 7, "refine": {"steps": 2}}
+    parts: dict[str, Any] = {m.name: _part(m) for m in modalities}
+    parts["id"] = {"type": "string", "maxLength": MAX_ID_CHARACTERS}
+    parts["options"] = {"$ref": f"#/components/schemas/{name}"}
+    media = {m.name: {"contentType": ", ".join(MEDIA_TYPES)} for m in modalities if isinstance(m, ImageModality)}
+    operation["requestBody"] = {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": f"#/components/schemas/{request}"},
+                "examples": {
+                    "one": {"summary": "One modality", "value": sample},
+                    "refined": {"summary": "A refined subset", "value": all_but_one},
+                },
+            },
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": parts, "additionalProperties": False},
+                "encoding": {**media, "options": {"contentType": "application/json"}},
+            },
+        },
+    }
+    operation["parameters"] = [
+        {
+            "name": option,
+            "in": "query",
+            "required": False,
+            "description": "As in the body, which overrules it.",
+            "schema": schema,
+        }
+        for option, schema in _query_options(body["properties"], schemas)
+    ] + [
+        {
+            "name": "X-Request-Timeout-Ms",
+            "in": "header",
+            "required": False,
+            "description": "Answer 504 after this time; the server caps it.",
+            "schema": {"type": "integer", "minimum": 1},
+        },
+        {
+            "name": "X-Request-Id",
+            "in": "header",
+            "required": False,
+            "description": "Echoed when it fits the pattern, else a new one is made.",
+            "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+        },
+    ]
+    text = {"schema": {"type": "string"}}
+    operation["responses"]["200"]["headers"] = {
+        "X-Request-Id": text,
+        "X-Model-Version": text,
+        "Server-Timing": {"description": "Milliseconds of queue, decode, encode, refine, generate.", **text},
+    }
+    operation["responses"]["503"]["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
+    assert TIMEOUT_HEADER == "x-request-timeout-ms"
+
+
+def _query_options(properties: dict[str, Any], schemas: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The options, those within an object by their dotted names."""
+    flat: list[tuple[str, Any]] = []
+    for name, schema in properties.items():
+        if "$ref" in schema:
+            inner = schemas[schema["$ref"].rpartition("/")[2]]["properties"]
+            flat += [(f"{name}.{key}", value) for key, value in inner.items()]
+        else:
+            flat.append((name, schema))
+    return flat
+
+
+def _problem(status: int) -> dict[str, Any]:
+    codes = [code for code, (its, _) in CODES.items() if its == status]
+    retry = 120 if status == 503 else None
+    faults = (Fault("/inputs/0", codes[-1], "what was received and what is allowed"),) if status == 422 else ()
+    example = Problem(codes[-1], "what was received and what is allowed", faults=faults, retry_after_ms=retry)
+    return {
+        "description": f"{CODES[codes[-1]][1]}. Codes: {', '.join(codes)}.",
+        "content": {
+            MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemSchema"}, "example": example.body("01JABCDEF")}
+        },
+    }
+
+
+def _input(modalities: tuple[Modality, ...]) -> dict[str, Any]:
+    """One item: any subset of the modalities, but the empty one."""
+    wire = {m.name: _wire(m) for m in modalities}
+    return {
+        "title": "Input",
+        "type": "object",
+        "description": "A sample: any non-empty subset of the bundle's modalities. null is the same as left out.",
+        "properties": {
+            "id": {"type": ["string", "null"], "maxLength": MAX_ID_CHARACTERS, "description": "Echoed."},
+            **{name: {"anyOf": [*forms, {"type": "null"}]} for name, forms in wire.items()},
+        },
+        "anyOf": [{"required": [name], "properties": {name: {"anyOf": forms}}} for name, forms in wire.items()],
+        "additionalProperties": False,
+    }
+
+
+def _wire(modality: Modality) -> list[dict[str, Any]]:
+    """Schemas of the forms a value may take."""
+    base64: dict[str, Any] = {"type": "string", "contentEncoding": "base64"}
+    if isinstance(modality, ImageModality):
+        fields = {"data": base64, "media_type": {"type": "string", "examples": list(MEDIA_TYPES)}}
+        told = f"PNG, JPEG or WebP in base64, or a data URL; becomes {modality.channels}x{modality.height}x{modality.width}."
+        return [{**base64, "description": told}, _object(fields, ["data"])]
+    if isinstance(modality, TextModality):
+        told = f"At most {modality.length} of the characters {modality.alphabet!a}."
+        return [{"type": "string", "minLength": 1, "description": told}]
+    if isinstance(modality, VectorModality):
+        size = {"minItems": modality.size, "maxItems": modality.size}
+        packed = _object({"data": base64, "dtype": {"const": "float32"}}, ["data", "dtype"])
+        return [{"type": "array", "items": {"type": "number"}, **size}, packed]
+    size = {"minItems": len(modality.attributes), "maxItems": len(modality.attributes)}
+    switch = {"enum": [0, 1, True, False]}
+    named = _object(dict.fromkeys(modality.attributes, switch), list(modality.attributes))
+    return [{"type": "array", "items": switch, **size}, named]
+
+
+def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _part(modality: Modality) -> dict[str, Any]:
+    """Schema of the modality's part in a form."""
+    if isinstance(modality, ImageModality):
+        return {"type": "string", "format": "binary", "description": "The picture's file."}
+    if isinstance(modality, BinaryModality | VectorModality):
+        return {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": _wire(modality)}}
+    return _wire(modality)[0]
+
+
+def _example(modality: Modality) -> Any:
+    """A value that the modality takes."""
+    if isinstance(modality, ImageModality):
+        return _SMALLEST_PNG
+    if isinstance(modality, TextModality):
+        return "".join(c for c in modality.alphabet[1:] if not c.isspace())[: min(modality.length, 5)]
+    if isinstance(modality, VectorModality):
+        return [0.0] * modality.size
+    return dict.fromkeys(modality.attributes, True)

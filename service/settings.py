@@ -1,0 +1,57 @@
+"""What an operator may set: environment variables named CONCORD_<FIELD>, or the command line's options over them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from model import bundle
+from model.runtime import Device
+
+PREFIX = "CONCORD_"
+
+
+class Settings(BaseSettings):
+    """Frozen once read. Sizes in bytes, times in milliseconds; the limits are promises to the other callers of one process."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on. 0.0.0.0 listens to the whole network.")
+    port: int = Field(8000, ge=0, le=65535, description="0 takes any free port; the log names it.")
+    bundle: str = Field(
+        bundle.DEFAULT_BUNDLE, min_length=1, description="Name of a built-in bundle, or path of a bundle's folder."
+    )
+    device: Device = Field("auto", description="auto takes CUDA where it can be had; cuda fails where it cannot.")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of one operator. 0: one for each core it may use.")
+    decode_threads: int = Field(2, ge=1, le=256, description="Threads that parse bodies and decode pictures.")
+    max_body_bytes: int = Field(32 << 20, ge=1024, description="Largest request body.")
+    max_items: int = Field(32, ge=1, description="Most items in one request.")
+    max_pixels: int = Field(16_000_000, ge=1, description="Largest picture, width times height, before it is scaled.")
+    max_samples: int = Field(256, ge=1, description="Most values generated in one request: items x targets x num_samples.")
+    max_refine_steps: int = Field(64, ge=0, description="Most refinement steps of one item.")
+    max_queue_items: int = Field(512, ge=1, description="Items that may wait; above it requests get 503.")
+    max_batch: int = Field(32, ge=1, description="Most items in one run of a graph.")
+    request_timeout_ms: int = Field(20_000, ge=1, le=3_600_000, description="Longest time of a request; then it gets 504.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs every request.")
+    log_format: Literal["json", "text"] = Field("json", description="text is for people at a terminal.")
+
+    def bundle_path(self) -> Path:
+        """Folder of the bundle: a path where one is given (it has a separator or exists), else a built-in name.
+
+        Raises:
+            bundle.BundleError: neither.
+        """
+        path = Path(self.bundle)
+        return path if "/" in self.bundle or path.is_dir() else bundle.builtin(self.bundle)
+
+
+def explain(error: ValidationError) -> str:
+    """One line for each bad setting: its variable, what was received and what is allowed."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        name = str(fault["loc"][0])
+        field = Settings.model_fields.get(name)
+        about = f" ({field.description})" if field else ""
+        lines.append(f"{PREFIX}{name.upper()}={fault['input']}: {fault['msg']}.{about}")
+    return "\n".join(lines)
