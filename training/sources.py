@@ -70,12 +70,13 @@ def read_table(
     wanted = [*source.columns.values(), *([source.label] if source.label else [])]
     if lacking := sorted(set(wanted) - set(rows.column_names)):
         raise DataError(f"{file}: no column {lacking}. Its columns are {rows.column_names}")
-    if len(rows) == 0:
-        raise DataError(f"{file}: has no rows")
     labels, names = _read_labels(rows, source.label, class_names, file) if source.label else (None, None)
     arrays, present = {}, {}
     for name, column in source.columns.items():
-        words = names if column == source.label else getattr(rows.features[column], "names", None)
+        words = names
+        if column != source.label:
+            is_class = isinstance(rows.features[column], datasets.ClassLabel)
+            words = _read_labels(rows, column, None, file)[1] if is_class else None
         arrays[name], present[name] = _decode_column(rows, column, modalities[name], words, file)
     empty = np.flatnonzero(~np.any(list(present.values()), axis=0))
     if empty.size:
@@ -107,7 +108,7 @@ def _open(place: Place, folder: Path) -> datasets.Dataset:
             arguments = {"path": "parquet", "data_files": {"rows": glob.escape(str(path))}, "split": "rows"}
         else:
             raise DataError(f"{path}: a source is a .parquet file or a folder with one folder of images a class")
-        remedy = "Check that the file is whole and of this format"
+        remedy = "Check that it is whole, of this format and not empty"
     else:
         arguments = {"path": place.hub, "name": place.config, "split": place.split, "revision": place.revision}
         remedy = "Check the name and the connection to the hub, or save it as Parquet and name the file"
@@ -167,9 +168,8 @@ def _decode_column(
 def _decoder(modality: Modality, names: tuple[str, ...] | None) -> Callable[[Any], NDArray[Any]]:
     if isinstance(modality, ImageModality):
         return lambda value: np.rint(codec.decode_bytes(modality, _image_bytes(value)) * 255)
-    if isinstance(modality, TextModality):
-        remember = functools.lru_cache(maxsize=1 << 16)(functools.partial(codec.decode, modality))
-        return (lambda value: remember(names[value])) if names else remember
+    if isinstance(modality, TextModality) and names:
+        return lambda value: codec.decode(modality, names[value])
     return functools.partial(codec.decode, modality)
 
 
