@@ -136,7 +136,7 @@ async def _run(request: Request, serving: Serving, call: Call[O], works: list[Wo
         else:
             outcomes = await serving.engine.submit(works)
     except QueueFull as error:
-        raise Problem("queue_full", str(error), retry_after_ms=RETRY_AFTER_MS) from error
+        raise Problem("queue_full", str(error), retry_after_ms=error.retry_after_ms) from error
     except EngineFailed as error:
         raise Problem("engine_failed", "inference failed: it may succeed later", retry_after_ms=RETRY_AFTER_MS) from error
     for item in items:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model import bundle
@@ -36,6 +36,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs every request.")
     log_format: Literal["json", "text"] = Field("json", description="text is for people at a terminal.")
 
+    @model_validator(mode="after")
+    def _a_request_fits(self) -> "Settings":
+        if self.max_items > self.max_queue_items:
+            raise ValueError(f"max_items={self.max_items} is more than max_queue_items={self.max_queue_items} can ever hold")
+        return self
+
     def bundle_path(self) -> Path:
         """Folder of the bundle: a path where one is given (it has a separator or exists), else a built-in name.
 
@@ -50,8 +56,10 @@ def explain(error: ValidationError) -> str:
     """One line for each bad setting: its variable, what was received and what is allowed."""
     lines = []
     for fault in error.errors(include_url=False):
-        name = str(fault["loc"][0])
-        field = Settings.model_fields.get(name)
-        about = f" ({field.description})" if field else ""
-        lines.append(f"{PREFIX}{name.upper()}={fault['input']}: {fault['msg']}.{about}")
+        if fault["loc"]:
+            name = str(fault["loc"][0])
+            about = Settings.model_fields[name].description
+            lines.append(f"{PREFIX}{name.upper()}={fault['input']}: {fault['msg']}. {about}")
+        else:
+            lines.append(fault["msg"])
     return "\n".join(lines)
