@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from service.refinement import Ascent, Stream, antithetic, noise
 from service.work import Outcome, Refinement, Work
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Who counts. Called in the inference thread: each call must be short and must not raise."""
 
