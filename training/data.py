@@ -156,7 +156,7 @@ class _Partners:
             )
         self._classes = anchors.labels
         self._order = np.argsort(table.labels, kind="stable")
-        self._counts = np.bincount(table.labels, minlength=int(anchors.labels.max()) + 1)
+        self._counts = np.bincount(table.labels)
         self._starts = np.cumsum(self._counts) - self._counts
         lonely = np.setdiff1d(anchors.labels, table.labels)
         if lonely.size:

@@ -134,6 +134,9 @@ def test_a_missing_or_garbled_file_is_named(tmp_path: Path) -> None:
 def test_the_hash_is_of_the_meaning(tmp_path: Path) -> None:
     plain = load(tmp_path, SMALL)
     assert load(tmp_path, "# a comment\nseed = 0\n" + SMALL).sha256 == plain.sha256
+    turned = SMALL.replace('digit = "image", word = "label"', 'word = "label", digit = "image"')
+    assert turned != SMALL
+    assert load(tmp_path, turned).sha256 == plain.sha256
     assert load(tmp_path, "seed = 1\n" + SMALL).sha256 != plain.sha256
     assert load(tmp_path, SMALL.replace("length = 8", "length = 9")).sha256 != plain.sha256
 

@@ -151,6 +151,7 @@ def test_an_epoch_may_take_fewer_rows(folder: Path) -> None:
     epochs = [column(short.batches(epoch, 5, seed=0), "first") for epoch in range(40)]
     assert all(len(set(epoch)) == 10 for epoch in epochs)
     assert set(itertools.chain(*epochs)) == set(range(21))
+    assert len(column(short.batches(0, 30, seed=0), "first")) == 10
     assert len(column(short.batches(0, 5, seed=0, shuffle=False), "first")) == 21
     assert len(column(data.load(paired(rows_per_epoch=10), "test", folder).batches(0, 3, seed=0), "first")) == 21
 
@@ -276,6 +277,10 @@ def test_vectors_are_standardised_by_the_training_rows(tmp_path: Path) -> None:
     assert found.mean == (1.0, 5.0, 1.5)
     assert found.std == (1.0, 1.0, 0.5)  # a number that never changes is left at its distance from the mean
     assert test.modalities == train.modalities
+    given = run.model_copy(update={"modalities": (vector.model_copy(update={"mean": (1.0, 2.0, 3.0)}), WORD)})
+    kept = data.load(given, "train", tmp_path).modalities[0]
+    assert isinstance(kept, VectorModality)
+    assert (kept.mean, kept.std) == ((1.0, 2.0, 3.0), found.std)
     (batch,) = train.batches(0, 3, 0, shuffle=False)
     assert batch.arrays["vector"].tolist() == [[-1, 0, -1], [1, 0, 1], [0, 0, 0]]
     (batch,) = test.batches(0, 3, 0, shuffle=False)

@@ -133,10 +133,21 @@ def test_facts_name_the_file_and_its_hash(tmp_path: Path) -> None:
     assert facts.sha256 == hashlib.sha256((tmp_path / "rows.parquet").read_bytes()).hexdigest()
 
 
-def test_a_name_with_pattern_characters_is_one_file(tmp_path: Path) -> None:
-    folder = tmp_path / "runs[1]*"
+def test_names_with_pattern_characters_are_taken_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "runs[1]"
     folder.mkdir()
     assert len(read(folder, {"text": ["a"]}, {"word": "text"})) == 1
+    assert len(read_table(image_folder(folder), "train", MODALITIES, folder)) == 4
+
+
+def test_rows_keep_their_place_over_many_chunks(tmp_path: Path) -> None:
+    numbers = [[float(row), 0.0] for row in range(2500)]
+    numbers[2000] = [float("nan"), 0.0]
+    with pytest.raises(DataError, match=r"row 2000: column 'numbers'"):
+        read(tmp_path, {"numbers": numbers}, {"signal": "numbers"})
+    numbers[2000] = [2000.0, 0.0]
+    table = read(tmp_path, {"numbers": numbers}, {"signal": "numbers"})
+    assert np.array_equal(table.arrays["signal"][:, 0], np.arange(2500))
 
 
 def image_folder(path: Path) -> Source:
@@ -154,6 +165,13 @@ def test_a_folder_of_images_a_class(tmp_path: Path) -> None:
     assert table.class_names == ("cat", "test")
     levels = table.arrays["shade"][:, 0, 0, 0]
     assert sorted(zip(table.labels.tolist(), levels.tolist(), strict=True)) == [(0, 10), (0, 11), (1, 20), (1, 21)]
+
+
+def test_a_folder_may_hold_one_class(tmp_path: Path) -> None:
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    Image.new("L", (2, 2), 9).save(tmp_path / "images" / "cat" / "0.png")
+    source = Source(train="images", test="images", columns={"shade": "image"}, label="label", licence="CC0")
+    assert read_table(source, "train", MODALITIES, tmp_path).class_names == ("cat",)
 
 
 def test_the_hash_of_a_folder_follows_its_content(tmp_path: Path) -> None:
