@@ -95,8 +95,9 @@ class Dataset:
             values = table.arrays[modality.name][chosen]
             if modality.name in offsets:
                 values = _shift(values, offsets[modality.name])
-            tensor = torch.from_numpy(values)
-            arrays[modality.name] = tensor / 255 if tensor.dtype == torch.uint8 else tensor
+            if values.dtype == np.uint8:  # in NumPy: torch would wake its threads for a millisecond of work, and wait for them
+                values = np.divide(values, np.float32(255), dtype=np.float32)
+            arrays[modality.name] = torch.from_numpy(values)
             present.append(torch.from_numpy(table.present[modality.name][chosen]))
         labels = self._tables[0].labels
         return Batch(arrays, torch.stack(present, dim=1), None if labels is None else torch.from_numpy(labels[rows[0]]))
