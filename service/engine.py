@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic
@@ -19,7 +20,7 @@ BEAT_SECONDS = 0.5
 """The idle thread beats this often."""
 MIN_RETRY_MS = 50
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger("concord")
 
 
 class QueueFull(Exception):  # noqa: N818 - a state, not a mistake
@@ -156,7 +157,7 @@ class Engine:
                     self._seconds_per_item += 0.1 * (busy / done - self._seconds_per_item)
                     busy = 0.0
         except BaseException as error:  # SystemExit too: nobody may wait for a thread that is gone
-            log.critical("the inference thread died", exc_info=error)
+            log.critical("the inference thread died", exception=_trace(error))
             failure = EngineFailed("the inference thread died")
             failure.__cause__ = error
             with self._changed:
@@ -184,7 +185,7 @@ class Engine:
                 if isinstance(row.outcome, Exception):
                     self._release(request)
             if isinstance(row.outcome, Exception):
-                log.error("a graph failed", exc_info=row.outcome)
+                log.error("a graph failed", exception=_trace(row.outcome))
                 failure = EngineFailed("the model failed on this request")
                 failure.__cause__ = row.outcome
                 request.answer(failure)
@@ -206,3 +207,8 @@ class Engine:
                 self._release(request)
         for request in requests:
             request.answer(failure)
+
+
+def _trace(error: BaseException) -> str:
+    """Without the values of local variables, which some renderers add: they hold what users sent."""
+    return "".join(traceback.format_exception(error))
