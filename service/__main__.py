@@ -1,6 +1,7 @@
 """The command line: ``python -m service`` serves, ``python -m service openapi`` prints the contract."""
 
 import math
+import signal
 import socket
 import sys
 from typing import Annotated, Any, NoReturn
@@ -61,6 +62,8 @@ def openapi(context: typer.Context) -> None:
 
 def _serve(settings: Settings) -> None:
     configure_logging(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains first and then raises them again
+        signal.signal(number, lambda *_: sys.exit(0))
     listener = _bind(settings.host, settings.port)
     runtime = _open(settings)
     app = create(runtime, settings)
@@ -78,10 +81,13 @@ def _serve(settings: Settings) -> None:
     )
     host, port = listener.getsockname()[:2]
     manifest = runtime.bundle.manifest
-    structlog.get_logger("concord").info(
+    structlog.get_logger("service").info(
         "serving", host=host, port=port, bundle=f"{manifest.name}@{manifest.version}", device=runtime.device
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+    if not server.started:
+        raise typer.Exit(FAILED)
 
 
 def _bind(host: str, port: int) -> socket.socket:

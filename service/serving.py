@@ -18,7 +18,7 @@ from service.errors import Problem
 from service.settings import Settings
 from service.telemetry import Metrics
 
-log = structlog.get_logger("concord")
+log = structlog.get_logger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 """An inference thread that is silent for longer is taken for dead. Many times one run of a graph."""

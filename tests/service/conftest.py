@@ -1,4 +1,4 @@
-"""A real server on a loopback port, in a thread of the test process; every answer it gives is held against the OpenAPI document."""
+"""A real server on a loopback port, in a thread of the test process; every answer is held against the OpenAPI document."""
 
 import base64
 import contextlib

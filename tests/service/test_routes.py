@@ -141,7 +141,9 @@ def test_what_is_lacking_is_generated(client: httpx.Client, values: dict[str, st
     assert answer["usage"]["generated"] == 3 - len(subset)
 
 
-def test_a_named_target_that_is_present_is_reconstructed(client: httpx.Client, runtime: Runtime, values: dict[str, str]) -> None:
+def test_a_named_target_that_is_present_is_reconstructed(
+    client: httpx.Client, runtime: Runtime, values: dict[str, str]
+) -> None:
     answer = generate(
         client, pick(values, ("photo",)), targets=["photo"], latent="mean", output={"image": "raw"}, return_embedding=True
     )
@@ -238,10 +240,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("path", "content", "status", "code", "pointer"), BAD)
-def test_a_bad_request_is_told_what_and_where(
-    client: httpx.Client, path: str, content: dict[str, Any], status: int, code: str, pointer: str
-) -> None:
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_request_is_told_what_and_where(client: httpx.Client, case: tuple[str, dict[str, Any], int, str, str]) -> None:
+    path, content, status, code, pointer = case
     response = client.post(path, json=content)
     problem = response.json()
     assert (response.status_code, problem["status"], problem["code"]) == (status, status, code)
