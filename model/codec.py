@@ -17,10 +17,9 @@ Base64 may use the standard or the URL-safe alphabet, leave out its padding and 
 """
 
 import base64
-import binascii
 import reprlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,17 +28,15 @@ from jaxtyping import Float32, Float64, Int64, Shaped
 from numpy.typing import NDArray
 
 from model.image import array_from_file, array_from_image, file_from_array
-from model.limits import DEFAULT_LIMITS, Code, CodecError, Limits
 from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
+from model.wire import DEFAULT_LIMITS, Code, CodecError, Limits, from_base64, kind, refuse_fields, to_base64
 
-__all__ = ["CodecError", "Limits", "array_from_image", "decode", "decode_bytes", "encode"]
+__all__ = ["Code", "CodecError", "Limits", "array_from_image", "decode", "decode_bytes", "encode"]
 
 ImageFormat = Literal["png", "webp", "raw"]
 VectorFormat = Literal["float", "base64"]
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
 _UNDECLARED = frozenset({"", "application/octet-stream"})
-_URL_SAFE = bytes.maketrans(b"-_", b"+/")
-_WHITE_SPACE = b" \t\n\r\x0b\x0c"
 
 
 def decode(modality: Modality, value: object, limits: Limits = DEFAULT_LIMITS) -> Shaped[np.ndarray, "..."]:
@@ -102,7 +99,7 @@ def encode(
     """
     if isinstance(modality, ImageModality):
         if image_format == "raw":
-            return {"data": _to_base64(array), "shape": list(array.shape), "dtype": "float32"}
+            return {"data": to_base64(array), "shape": list(array.shape), "dtype": "float32"}
         data = base64.b64encode(file_from_array(array, image_format)).decode()
         return {"media_type": f"image/{image_format}", "data": data, "width": modality.width, "height": modality.height}
     if isinstance(modality, TextModality):
@@ -111,14 +108,14 @@ def encode(
     if isinstance(modality, VectorModality):
         mean, std = _statistics(modality)
         measured = (array * std + mean).astype(np.float32)
-        return {"data": _to_base64(measured), "dtype": "float32"} if vector_format == "base64" else {"data": measured.tolist()}
+        return {"data": to_base64(measured), "dtype": "float32"} if vector_format == "base64" else {"data": measured.tolist()}
     return {"data": dict(zip(modality.attributes, array.tolist(), strict=True))}
 
 
 def _image_from_wire(modality: ImageModality, value: object, limits: Limits) -> Float32[np.ndarray, "channels height width"]:
     pointer, declared = "", ""
     if isinstance(value, dict):
-        _refuse_fields(value, required=("data",), optional=("media_type",))
+        refuse_fields(value, required=("data",), optional=("media_type",))
         declared = value.get("media_type") or ""
         if not isinstance(declared, str):
             raise CodecError("wrong_type", "media_type must be a string", "/media_type")
@@ -126,7 +123,7 @@ def _image_from_wire(modality: ImageModality, value: object, limits: Limits) -> 
     if not isinstance(value, str):
         raise CodecError(
             "wrong_type",
-            f"an image is base64, a data URL or an object with data and media_type; received {_kind(value)}",
+            f"an image is base64, a data URL or an object with data and media_type; received {kind(value)}",
             pointer,
         )
     if not pointer and value[:5].lower() == "data:":
@@ -137,7 +134,7 @@ def _image_from_wire(modality: ImageModality, value: object, limits: Limits) -> 
     _refuse_media_type(declared, "/media_type" if pointer else "")
     if value[:8].lower().startswith(("http://", "https://")):
         raise CodecError("bad_base64", "URLs are not fetched: send the image itself, in base64", pointer)
-    content = _from_base64(value, pointer, limits.image_bytes)
+    content = from_base64(value, pointer, limits.image_bytes)
     try:
         return array_from_file(modality, content, limits)
     except CodecError as error:
@@ -157,7 +154,7 @@ def _refuse_media_type(declared: str, pointer: str) -> None:
 
 def _tokens(modality: TextModality, value: object, limits: Limits) -> Int64[np.ndarray, " length"]:
     if not isinstance(value, str):
-        raise CodecError("wrong_type", f"a text is a string; received {_kind(value)}")
+        raise CodecError("wrong_type", f"a text is a string; received {kind(value)}")
     if len(value) > limits.text_characters:
         raise CodecError("too_large", f"the text has {len(value)} characters, {limits.text_characters} are allowed")
     text = unicodedata.normalize("NFKC", value)
@@ -178,12 +175,12 @@ def _tokens(modality: TextModality, value: object, limits: Limits) -> Int64[np.n
 
 def _vector(modality: VectorModality, value: object) -> Float32[np.ndarray, " size"]:
     if isinstance(value, dict):
-        _refuse_fields(value, required=("data", "dtype"))
+        refuse_fields(value, required=("data", "dtype"))
         if value["dtype"] != "float32":
             raise CodecError("bad_vector", f"dtype must be 'float32', received {reprlib.repr(value['dtype'])}", "/dtype")
         if not isinstance(value["data"], str):
-            raise CodecError("wrong_type", f"data must be base64 in a string; received {_kind(value['data'])}", "/data")
-        content = _from_base64(value["data"], "/data")
+            raise CodecError("wrong_type", f"data must be base64 in a string; received {kind(value['data'])}", "/data")
+        content = from_base64(value["data"], "/data")
         if len(content) != 4 * modality.size:
             raise CodecError(
                 "bad_vector", f"data has {len(content)} bytes, {modality.size} float32 take {4 * modality.size}", "/data"
@@ -211,7 +208,7 @@ def _numbers(values: Sequence[object]) -> list[float]:
     numbers = []
     for index, number in enumerate(values):
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise CodecError("bad_vector", f"a vector holds numbers; received {_kind(number)}", f"/{index}")
+            raise CodecError("bad_vector", f"a vector holds numbers; received {kind(number)}", f"/{index}")
         try:
             numbers.append(float(number))
         except OverflowError as error:
@@ -243,39 +240,7 @@ def _attributes(modality: BinaryModality, value: object) -> Float32[np.ndarray, 
 
 def _listed(value: object, size: int, code: Code, noun: str) -> list[object]:
     if not isinstance(value, list):
-        raise CodecError("wrong_type", f"{noun} must be a list or an object; received {_kind(value)}")
+        raise CodecError("wrong_type", f"{noun} must be a list or an object; received {kind(value)}")
     if len(value) != size:
         raise CodecError(code, f"the list has {len(value)} entries, {size} are expected")
     return value
-
-
-def _refuse_fields(value: Mapping[str, object], required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    if not set(required) <= set(value) <= {*required, *optional}:
-        raise CodecError(
-            "wrong_type", f"the object has fields {reprlib.repr(sorted(value))}, it takes {[*required, *optional]}"
-        )
-
-
-def _from_base64(text: str, pointer: str, limit: int | None = None) -> bytes:
-    if not text.isascii():
-        raise CodecError("bad_base64", "not base64: it has characters outside ASCII", pointer)
-    packed = text.encode().translate(_URL_SAFE, _WHITE_SPACE)
-    body = packed.rstrip(b"=")
-    size = len(body) * 3 // 4
-    if limit is not None and size > limit:
-        raise CodecError("too_large", f"base64 of {size} bytes, {limit} are allowed", pointer)
-    try:
-        if len(packed) - len(body) > 2:
-            raise binascii.Error("more than two padding characters")
-        return binascii.a2b_base64(body + b"=" * (-len(body) % 4), strict_mode=True)
-    except binascii.Error as error:
-        raise CodecError("bad_base64", f"not base64: {str(error).lower()}", pointer) from error
-
-
-def _to_base64(array: Shaped[np.ndarray, "..."]) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, dtype="<f4").tobytes()).decode()
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)

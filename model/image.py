@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
-from model.limits import CodecError, Limits
 from model.modality import ImageModality
+from model.wire import CodecError, Limits
 
 _SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"))
 _FOREIGN = {  # named in the refusal, so that a reader knows what was sent

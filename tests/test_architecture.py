@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(file for package in ("model", "service", "training") for file in (ROOT / package).rglob("*.py"))
 SERVING_HALF = {
-    ROOT / "model" / f"{name}.py" for name in ("__init__", "modality", "codec", "image", "limits", "bundle", "runtime")
+    ROOT / "model" / f"{name}.py" for name in ("__init__", "modality", "codec", "image", "wire", "bundle", "runtime")
 }
 HEAVY = {"torch", "onnxscript", "datasets", "sklearn"}
 
