@@ -1,8 +1,6 @@
 """The command line: ``python -m service`` serves, ``python -m service openapi`` prints the contract."""
 
-import math
 import signal
-import socket
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -15,6 +13,7 @@ from pydantic import ValidationError
 from model.bundle import BundleError
 from model.runtime import Runtime
 from service.app import create
+from service.server import bind, configure
 from service.settings import PREFIX, Settings, explain
 from service.telemetry import configure_logging
 
@@ -64,42 +63,22 @@ def _serve(settings: Settings) -> None:
     configure_logging(settings)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains first and then raises them again
         signal.signal(number, lambda *_: sys.exit(0))
-    listener = _bind(settings.host, settings.port)
+    try:
+        listener = bind(settings.host, settings.port)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        _stop(f"cannot listen on {where}: {error.strerror}. Stop what listens there, or choose another --port", FAILED)
     runtime = _open(settings)
     app = create(runtime, settings)
-    config = uvicorn.Config(
-        app,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=math.ceil(settings.request_timeout_ms / 1000),
-    )
     host, port = listener.getsockname()[:2]
     manifest = runtime.bundle.manifest
     structlog.get_logger("service").info(
         "serving", host=host, port=port, bundle=f"{manifest.name}@{manifest.version}", device=runtime.device
     )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configure(app, settings))
     server.run(sockets=[listener])
     if not server.started:
         raise typer.Exit(FAILED)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """Bound, not yet listening: what connects before the bundle is loaded is refused and tries again."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        _stop(f"cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or choose another --port", FAILED)
-    return listener
 
 
 def _open(settings: Settings) -> Runtime:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Problem, too_large_body
 
-LINGER_SECONDS = 1.0
+LINGER_SECONDS = 0.5
 MAX_PARTS = 64
 OPTIONS_PART = "options"
 

@@ -71,8 +71,8 @@ class RefinementAnswer(BaseModel):
     objective: Literal["elbo", "observed"] = Field(
         description="elbo: every modality was present; observed: only the terms of those that were."
     )
-    before: float | None = Field(description="Objective of the encoder's posterior, in weighted nats; null if not finite.")
-    after: float | None = Field(description="Objective of the answer; never below before.")
+    before: float = Field(description="Objective of the encoder's posterior, in weighted nats.")
+    after: float = Field(description="Objective of the answer; never below before. Both 0 where it is not finite.")
     stopped: Literal["steps", "tolerance", "budget", "diverged"]
     trace: list[float] | None = Field(None, description="Objective at every step, when asked for.")
 

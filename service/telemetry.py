@@ -67,8 +67,7 @@ class Metrics:
 
     def refined(self, refinement: Refinement) -> None:
         self.steps.observe(refinement.steps)
-        if refinement.before is not None and refinement.after is not None:
-            self.gain.observe(refinement.after - refinement.before)
+        self.gain.observe(refinement.after - refinement.before)
         self.stops.labels(refinement.stopped).inc()
 
     def watch(self, queue_depth: Callable[[], int], ready: Callable[[], bool]) -> None:

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import io
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from PIL import Image
 from model import bundle
 from model.runtime import Runtime
 from service.app import create
+from service.server import bind, configure
 from service.settings import Settings
 
 
@@ -32,9 +32,10 @@ def serve(runtime: Runtime) -> Callable[..., contextlib.AbstractContextManager[h
 
     @contextlib.contextmanager
     def serve(opened: Runtime = runtime, **settings: Any) -> Iterator[httpx.Client]:
-        app = create(opened, Settings(_env_file=None, threads=1, log_level="error", **settings))
-        listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="on"))
+        asked = Settings(**settings)
+        app = create(opened, asked)
+        listener = bind("127.0.0.1", 0)
+        server = uvicorn.Server(configure(app, asked))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -3,6 +3,8 @@ import contextlib
 import io
 import itertools
 import math
+import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -343,3 +345,20 @@ def test_a_full_queue_says_when_to_come_back(serve: Serve) -> None:
         assert refused[0].json()["retry_after_ms"] > 0
         assert int(refused[0].headers["retry-after"]) >= 1
         assert engine.queue_depth == 0
+
+
+def test_work_for_a_client_that_left_ends(client: httpx.Client) -> None:
+    content = orjson.dumps({"inputs": [{"word": "one"}] * 32, "refine": {"steps": 64}})
+    head = b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(content)
+
+    def left() -> bool:
+        return 'concord_rejections_total{reason="client_gone"} 1.0' in client.get("/metrics").text
+
+    assert not left()
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(head + content)
+        time.sleep(0.05)
+    deadline = time.monotonic() + 0.5
+    while not left():
+        assert time.monotonic() < deadline, "the work went on"
+        time.sleep(0.01)

@@ -10,7 +10,6 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Receive, Scope, Send
 
-from service.engine import Refinement
 from service.settings import Settings
 from service.telemetry import Interrupted, Metrics, Telemetry, configure_logging
 
@@ -78,14 +77,6 @@ def test_no_caller_can_add_a_label(client: httpx.Client) -> None:
     for number in range(1, 6):
         knock(number)
     assert series() == before
-
-
-def test_a_refinement_without_a_finite_objective_counts_without_gain() -> None:
-    counts = metrics()
-    counts.refined(Refinement(0, "elbo", None, None, "diverged", None))
-    text = counts.expose().decode()
-    assert value(text, "concord_refine_stops_total", reason="diverged") == 1
-    assert value(text, "concord_refine_gain_nats_count") == 0
 
 
 @pytest.mark.parametrize("good", ["a", "01J.x_y-z", "f" * 128])
