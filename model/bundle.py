@@ -139,8 +139,8 @@ def read(path: Path) -> Bundle:
         content = _read_bytes(path, name)
         if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
             raise BundleError(
-                f"{path / name}: {len(content)} bytes do not match the manifest ({entry.bytes} bytes, sha256 {entry.sha256[:12]}…): "
-                "the file was changed or cut short. Copy or export the bundle again"
+                f"{path / name}: {len(content)} bytes do not match the manifest's {entry.bytes} bytes and sha256 "
+                f"{entry.sha256[:12]}…: the file was changed or cut short. Copy or export the bundle again"
             )
     for name in _graph_names(manifest):
         _check_graph(path / name)

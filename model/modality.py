@@ -153,19 +153,19 @@ def check_array(modality: Modality, array: NDArray[Any]) -> None:
     """Refuse an array that is not one row of the modality.
 
     Raises:
-        ValueError: wrong shape or dtype, a value out of range, or a value that is not finite. Says what was received and what is allowed.
+        ValueError: wrong shape or dtype, a value out of range or not finite. Says what was received and what is allowed.
     """
     expected = np.dtype(modality.dtype)
     if array.shape != modality.shape or array.dtype != expected:
         raise ValueError(
             f"{modality.name}: received shape {array.shape} of {array.dtype}, a row is {modality.shape} of {expected}"
         )
+    low: float = 0
+    high: float = 1
     if isinstance(modality, TextModality):
-        low, high = 0, len(modality.alphabet) - 1
+        high = len(modality.alphabet) - 1
     elif isinstance(modality, VectorModality):
         low, high = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
-    else:
-        low, high = 0, 1
     if not bool(np.all((array >= low) & (array <= high))):  # a comparison with NaN is false
         raise ValueError(f"{modality.name}: values must be finite and within [{low}, {high}]")
     if isinstance(modality, BinaryModality) and not bool(np.all((array == 0) | (array == 1))):
@@ -181,7 +181,8 @@ def collate(
         rows: one mapping a row, from modality name to its array; names that are missing are absent modalities.
 
     Returns:
-        arrays of shape (batch, *modality.shape), zeros where absent; and ``present`` (batch, modality), in the order of ``modalities``.
+        arrays of shape (batch, *modality.shape), zeros where absent; and ``present`` (batch, modality), its columns in the
+        order of ``modalities``.
     """
     present = np.array([[m.name in row for m in modalities] for row in rows], dtype=bool).reshape(len(rows), len(modalities))
     inputs = {}

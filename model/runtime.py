@@ -30,7 +30,7 @@ class Runtime:
 
     Args:
         opened: a verified bundle.
-        device: ``cpu``; ``cuda``, which fails where it cannot be had; or ``auto``, CUDA where it can be had and the CPU elsewhere.
+        device: ``cpu``; ``cuda``, which fails where it cannot be had; or ``auto``, CUDA where it can be had, else the CPU.
         threads: of each operator on the CPU. 0: one for each core this process may use.
 
     Raises:
@@ -78,9 +78,9 @@ class Runtime:
     ) -> tuple[Posterior, Float32[np.ndarray, " batch"]]:
         """One refinement step of each row, and the objective at the posterior that came in.
 
-        The objective is E_q[sum over present m of w_m log p(x_m | z)] - beta KL(q || anchor), in weighted nats, estimated with ``noise``.
-        With every modality present and the prior N(0, I) as anchor it is the multimodal ELBO; with some missing, anchor the
-        posterior to where it started.
+        The objective is E_q[sum over present m of w_m log p(x_m | z)] - beta KL(q || anchor), in weighted nats, estimated with
+        ``noise``. With every modality present and the prior N(0, I) as anchor it is the multimodal ELBO; with some missing,
+        anchor the posterior to where it started.
 
         Args:
             noise: standard normal, (batch, self.samples, latent). Kept fixed over steps, objectives can be compared.
@@ -109,7 +109,7 @@ class Runtime:
             the largest difference, each relative to the largest value of its answer.
 
         Raises:
-            bundle.BundleError: the difference exceeds ``tolerance``: this machine computes something else than the exporter did.
+            bundle.BundleError: the difference exceeds ``tolerance``: this machine computes something else than the exporter.
         """
         with np.load(self.bundle.path / bundle.GOLDEN, allow_pickle=False) as archive:
             golden = {key: archive[key] for key in archive.files}

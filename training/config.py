@@ -92,31 +92,37 @@ class Objective(_Table):
     """Weight of the KL term of the ELBO."""
 
 
-class Joint(_Table):
+class Stage(_Table):
+    """What every stage of training has."""
+
+    epochs: PositiveInt
+    batch_size: PositiveInt = 256
+    learning_rate: PositiveFloat = 1e-3
+    """Highest of the stage: it rises over the first steps and falls to zero along a cosine."""
+
+
+class Joint(Stage):
     """Stage 1: the joint VAE."""
 
     epochs: PositiveInt = 10
-    batch_size: PositiveInt = 256
-    learning_rate: PositiveFloat = 1e-3
 
 
-class Refiner(_Table):
-    """Stage 2: the refiner of the joint posterior."""
+class Refiner(Stage):
+    """Stage 2: the refiner of the joint posterior, beside the VAE."""
 
     epochs: PositiveInt = 2
-    batch_size: PositiveInt = 256
-    learning_rate: PositiveFloat = 1e-3
     steps: PositiveInt = 4
-    samples: PositiveInt = 2
+    """Refinement steps of every batch, in this stage and in the next."""
+    samples: int = Field(default=2, ge=2, multiple_of=2)
+    """Noise samples a step, in antithetic pairs."""
 
 
-class Align(_Table):
-    """Stage 3: encoders of single modalities, taught by the refined posterior."""
+class Align(Stage):
+    """Stage 3: the encoder of every subset, taught by the refined posterior, beside both."""
 
     epochs: PositiveInt = 5
-    batch_size: PositiveInt = 256
-    learning_rate: PositiveFloat = 1e-3
     reconstruction: float = Field(default=0.2, ge=0)
+    """Weight of reconstructing all modalities from a sample of a random subset's posterior, against the joint ELBO."""
 
 
 class Config(_Table):

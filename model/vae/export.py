@@ -54,7 +54,7 @@ def export_bundle(
         ExportError: the graphs and the model differ by more than PARITY_TOLERANCE.
         bundle.BundleError: ``path`` holds something else than a bundle.
     """
-    vae = vae.eval().requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
+    vae = vae.cpu().eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = {key: value.contiguous() for key, value in vae.state_dict().items()}

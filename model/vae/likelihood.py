@@ -14,7 +14,7 @@ from model.modality import Modality, TextModality, VectorModality
 
 
 def expectation(modality: Modality, raw: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-    """What the decoder expects: image in [0, 1], vector, attribute probabilities; for text the log-probability of each character."""
+    """What the decoder expects: image in [0, 1], vector, attribute probabilities; for text each character's log-probability."""
     if isinstance(modality, TextModality):
         return torch.log_softmax(raw, dim=-1)
     return raw if isinstance(modality, VectorModality) else torch.sigmoid(raw)

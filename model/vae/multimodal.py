@@ -48,7 +48,7 @@ class MultimodalVAE(nn.Module):
         self, arrays: Arrays, z: Float[Tensor, "batch sample latent"]
     ) -> Float[Tensor, "batch sample modality"]:
         """log p(x_m | z) in nats, unweighted, of every modality, absent ones included."""
-        batch, samples, _ = z.shape
+        batch, samples = z.shape[:2]
         flat = z.flatten(0, 1)
         terms = []
         for modality in self.modalities:
@@ -57,13 +57,13 @@ class MultimodalVAE(nn.Module):
             terms.append(log_likelihood(modality, raw, repeated).view(batch, samples))
         return torch.stack(terms, dim=-1)
 
-    def evidence(
+    def evidences(
         self, arrays: Arrays, present: Bool[Tensor, "batch modality"], z: Float[Tensor, "batch sample latent"]
-    ) -> Float[Tensor, " batch"]:
-        """Sum over present m of w_m log p(x_m | z), averaged over samples, in weighted nats."""
+    ) -> Float[Tensor, "batch sample"]:
+        """Sum over present m of w_m log p(x_m | z) of each sample, in weighted nats."""
         weights = torch.tensor([self.weights[m.name] for m in self.modalities], device=z.device)
         weighted = self.log_likelihoods(arrays, z) * weights
-        return torch.where(present.unsqueeze(1), weighted, torch.zeros_like(weighted)).sum(-1).mean(-1)
+        return torch.where(present.unsqueeze(1), weighted, torch.zeros_like(weighted)).sum(-1)
 
     def objective(
         self,
@@ -73,11 +73,12 @@ class MultimodalVAE(nn.Module):
         anchor: Gaussian,
         noise: Float[Tensor, "batch sample latent"],
     ) -> Float[Tensor, " batch"]:
-        """E_q[evidence] - beta KL(q || anchor) of each row, in weighted nats, maximised.
+        """E_q[sum over present m of w_m log p(x_m | z)] - beta KL(q || anchor) of each row, in weighted nats, maximised.
 
         With the prior N(0, I) as anchor this is the (weighted) ELBO of the modalities present.
         """
-        return self.evidence(arrays, present, sample(posterior, noise)) - self.beta * kl(posterior, anchor)
+        evidence = self.evidences(arrays, present, sample(posterior, noise)).mean(-1)
+        return evidence - self.beta * kl(posterior, anchor)
 
     def gradient(
         self,
@@ -92,7 +93,7 @@ class MultimodalVAE(nn.Module):
         def of(mean: Tensor, log_var: Tensor) -> Tensor:
             return self.objective(arrays, present, Gaussian(mean, log_var), anchor, noise)
 
-        objective, pullback = torch.func.vjp(of, posterior.mean, posterior.log_var)
+        objective, pullback = torch.func.vjp(of, posterior.mean, posterior.log_var)  # type: ignore[misc]  # two without aux
         mean, log_var = pullback(torch.ones_like(objective))
         return Gaussian(mean, log_var), objective
 

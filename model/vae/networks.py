@@ -56,7 +56,8 @@ def _halvings(modality: ImageModality) -> int:
 
 def _image_encoder(modality: ImageModality, features: int, width: int) -> nn.Module:
     layers: list[nn.Module] = []
-    channels, height, side = modality.channels, modality.height, modality.width
+    channels: int = modality.channels
+    height, side = modality.height, modality.width
     for level in range(_halvings(modality)):
         layers += [nn.Conv2d(channels, width << level, kernel_size=4, stride=2, padding=1), nn.SiLU()]
         channels, height, side = width << level, height // 2, side // 2

@@ -1,0 +1,161 @@
+"""``python -m training``: fit, evaluate, export."""
+
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from model.bundle import BundleError
+from model.vae.export import ExportError
+from model.vae.multimodal import MultimodalVAE
+from training import config, data
+from training.checkpoint import Run, RunError
+from training.evaluate import evaluate as figures_of
+from training.export import export as export_run
+from training.fit import DivergenceError, load
+from training.fit import fit as train
+from training.progress import Progress
+
+app = typer.Typer(
+    help="Make a bundle from data, offline: fit a configuration, evaluate the result, export it. "
+    "A run lives in a folder of its own; every command continues what it finds there.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+EVALUATION = "evaluation.json"
+
+Configuration = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as training/configs/digits.toml.")]
+Folder = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="CONCORD_DATA", help="Where the configuration's files lie. Default: its data.folder."),
+]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<name of the configuration>.")]
+
+P = ParamSpec("P")
+
+
+def _explained(command: Callable[P, None]) -> Callable[P, None]:
+    """Errors that a user can mend end with their message and exit code 2, without a traceback."""
+
+    @wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (config.ConfigError, data.DataError, RunError, DivergenceError, ExportError, BundleError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapper
+
+
+@app.command()
+@_explained
+def fit(
+    configuration: Configuration,
+    folder: Folder = None,
+    out: Out = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run's folder first, and start over.")] = False,
+) -> None:
+    """Train all stages, then evaluate.
+
+    Stopped at any moment, even by SIGKILL, the same command continues from the last checkpoint and ends with the same numbers.
+    Progress goes to stderr, figures to stdout; the run's folder keeps metrics.jsonl, checkpoint.pt and evaluation.json.
+    """
+    settings = config.load(configuration)
+    path = out or Path("runs") / settings.name
+    if fresh and path.exists():
+        if not (path / "config.json").exists():
+            raise RunError(f"{path}: is no run's folder, and is not removed")
+        shutil.rmtree(path)
+    run, progress = Run(path, settings), Progress()
+    training, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
+    vae = load(settings, training, run) or train(settings, training, run, progress)
+    _evaluate(settings, vae, training, test, run, progress)
+    print(f"\nexport it with: python -m training export {configuration}" + (f" --out {out}" if out else ""))
+
+
+@app.command()
+@_explained
+def evaluate(configuration: Configuration, folder: Folder = None, out: Out = None) -> None:
+    """Measure a finished run on the test split and print its figures."""
+    with _finished(configuration, folder, out) as (settings, vae, training, test, run):
+        _evaluate(settings, vae, training, test, run, Progress())
+
+
+@app.command()
+@_explained
+def export(
+    configuration: Configuration,
+    folder: Folder = None,
+    out: Out = None,
+    to: Annotated[Path | None, typer.Option(help="The bundle's folder. Default: bundle/ in the run's folder.")] = None,
+) -> None:
+    """Write a finished and evaluated run as a bundle that the service can serve.
+
+    The graphs are checked against the model before anything is written; a bundle already there is replaced in one step.
+    """
+    with _finished(configuration, folder, out) as (settings, vae, training, test, run):
+        bundle = export_run(settings, vae, training, test, run.read(EVALUATION), to or run.path / "bundle")
+    size = sum(entry.bytes for entry in bundle.manifest.files.values())
+    print(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}, {size / 1e6:.1f} MB, sha256 {bundle.sha256[:16]}")
+    print(f"serve it with: CONCORD_BUNDLE={bundle.path} python -m service")
+
+
+@contextmanager
+def _finished(
+    configuration: Path, folder: Path | None, out: Path | None
+) -> Iterator[tuple[config.Config, MultimodalVAE, data.Dataset, data.Dataset, Run]]:
+    settings = config.load(configuration)
+    path = out or Path("runs") / settings.name
+    if not path.exists():
+        raise RunError(f"{path}: no such run. Run fit first, or name its folder with --out")
+    run = Run(path, settings)
+    training, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
+    vae = load(settings, training, run)
+    if vae is None:
+        raise RunError(f"{path}: the run has not finished. Run fit again, it continues")
+    yield settings, vae, training, test, run
+
+
+def _evaluate(
+    settings: config.Config, vae: MultimodalVAE, training: data.Dataset, test: data.Dataset, run: Run, progress: Progress
+) -> None:
+    figures = {**figures_of(settings, vae, training, test, progress), "training": run.cost()}
+    run.write(EVALUATION, figures)
+    _print_figures(figures)
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    if "probe" in figures:
+        table = Table(title="linear probe on posterior means", title_justify="left")
+        table.add_column("embedding of")
+        table.add_column("accuracy", justify="right")
+        for name, accuracy in figures["probe"].items():
+            table.add_row(name, f"{accuracy:.4f}")
+        console.print(table)
+    refinement = figures["refinement"]
+    console.print(
+        f"refinement, {refinement['steps']} steps: ELBO {refinement['elbo_before']:.2f} -> {refinement['elbo_after']:.2f} "
+        f"weighted nats; raised for {refinement['raised']:.2%} of rows, judged with fresh noise "
+        f"{refinement['raised_fresh_noise']:.2%}"
+    )
+    cost = figures["training"]
+    console.print(f"training: {cost['seconds']:.0f} s, peak memory {cost['peak_memory_bytes'] / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    app()

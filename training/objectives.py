@@ -1,0 +1,81 @@
+"""The terms that the stages add up: pure functions giving a number for each row, in (weighted) nats."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from model.vae.gaussian import Gaussian, kl, sample, standard_like
+from model.vae.multimodal import MultimodalVAE
+from training.data import Batch
+
+
+class Refined(NamedTuple):
+    """A refined posterior and how it came about."""
+
+    posterior: Gaussian
+    """lambda_T, cut from the graph."""
+    objectives: Float[Tensor, "step batch"]
+    """The ELBO at lambda_0 ... lambda_T, all with the same noise."""
+    loss: Float[Tensor, " batch"]
+    """Has the gradient of -sum_t ELBO(lambda_t) for the refiner's parameters; its value means nothing."""
+
+
+def elbos(
+    vae: MultimodalVAE, batch: Batch, posteriors: list[Gaussian], noise: Float[Tensor, "batch posterior latent"]
+) -> list[Float[Tensor, " batch"]]:
+    """The ELBO of each posterior, one sample each, in one pass through the decoders."""
+    z = torch.cat([sample(q, noise[:, i : i + 1]) for i, q in enumerate(posteriors)], dim=1)
+    evidence = vae.evidences(batch.arrays, batch.present, z)
+    return [evidence[:, i] - vae.beta * kl(q, standard_like(q)) for i, q in enumerate(posteriors)]
+
+
+def refine(
+    vae: MultimodalVAE, batch: Batch, start: Gaussian, noise: Float[Tensor, "batch sample latent"], steps: int
+) -> Refined:
+    """Refine ``start`` with the modalities present, learning how on the way (Marino, Yue & Mandt 2018, algorithm 1).
+
+    Each lambda_t is detached before the next step, so the refiner learns each step for itself. The gradient of the ELBO at
+    lambda_{t+1}, which the next step needs anyway, is also what the refiner's parameters need: one backward pass serves both.
+    """
+    posterior = start.detach()
+    prior = standard_like(posterior)
+    loss = torch.zeros(len(posterior.mean))
+    objectives = []
+    with torch.no_grad():
+        gradient, objective = vae.gradient(batch.arrays, batch.present, posterior, prior, noise)
+    objectives.append(objective)
+    for _ in range(steps):
+        after = vae.refiner(posterior, gradient)
+        posterior = after.detach()
+        with torch.no_grad():
+            gradient, objective = vae.gradient(batch.arrays, batch.present, posterior, prior, noise)
+        objectives.append(objective)
+        loss = loss - (after.mean * gradient.mean + after.log_var * gradient.log_var).sum(-1)
+    return Refined(posterior, torch.stack(objectives), loss)
+
+
+def alignment(
+    vae: MultimodalVAE, batch: Batch, teacher: Gaussian, subsets: Bool[Tensor, "subset modality"]
+) -> tuple[Float[Tensor, "subset batch"], list[Gaussian]]:
+    """KL(teacher || q(z | x_S)) for every subset, and the students q.
+
+    Teacher first: the student covers all that the teacher allows, and where it lacks evidence matches the teacher's moments
+    on average. A row contributes where it has some of the subset's modalities; the term is zero elsewhere.
+    """
+    features = vae.aligned.features(batch.arrays)
+    divergences, students = [], []
+    for subset in subsets:
+        seen = batch.present & subset
+        student = vae.aligned.fuse(features, seen)
+        divergence = kl(teacher.detach(), student)
+        divergences.append(torch.where(seen.any(1), divergence, torch.zeros_like(divergence)))
+        students.append(student)
+    return torch.stack(divergences), students
+
+
+def every_subset(modalities: int) -> Bool[Tensor, "subset modality"]:
+    """All non-empty subsets as masks: single modalities first, all modalities last."""
+    masks = [[bool(code >> m & 1) for m in range(modalities)] for code in range(1, 2**modalities)]
+    return torch.tensor(sorted(masks, key=lambda mask: (sum(mask), [not bit for bit in mask])))

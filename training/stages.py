@@ -1,0 +1,100 @@
+"""The three stages: what each of them minimises. Read with ``objectives``; ``fit`` runs them in this order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.vae.gaussian import Gaussian, antithetic
+from model.vae.multimodal import MultimodalVAE
+from training import config
+from training.data import Batch
+from training.objectives import alignment, elbos, every_subset, refine
+
+MAX_SUBSETS = 16  # a batch aligns at most so many; with more modalities, all single ones and a random choice of the others
+
+Loss = Callable[[Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run."""
+
+    name: str
+    settings: config.Stage
+    loss: Loss
+    """Batch, noise generator -> scalar to minimise, and the figures to log, each a scalar in nats."""
+
+
+def stages(vae: MultimodalVAE, settings: config.Config) -> list[Stage]:
+    """The stages of a configuration."""
+    refiner, align = settings.refiner, settings.align
+    return [
+        Stage("joint", settings.joint, lambda batch, noise: joint_loss(vae, batch, noise)),
+        Stage("refiner", refiner, lambda batch, noise: refiner_loss(vae, batch, noise, refiner)),
+        Stage("align", align, lambda batch, noise: align_loss(vae, batch, noise, refiner, align)),
+    ]
+
+
+def joint_loss(vae: MultimodalVAE, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """-ELBO of the joint encoder's posterior."""
+    posterior = vae.joint(batch.arrays, batch.present)
+    (elbo,) = elbos(vae, batch, [posterior], _noise(vae, batch, 1, generator))
+    return -elbo.mean(), {"elbo": elbo.mean()}
+
+
+def refiner_loss(
+    vae: MultimodalVAE, batch: Batch, generator: torch.Generator, settings: config.Refiner
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The refiner learns its steps; encoder and decoders go on, the decoders at refined posteriors too."""
+    loss, figures, _ = _joint_and_refined(vae, batch, generator, settings)
+    return loss, figures
+
+
+def align_loss(
+    vae: MultimodalVAE, batch: Batch, generator: torch.Generator, refiner: config.Refiner, settings: config.Align
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The aligned encoder learns the refined posterior from every subset; all else goes on.
+
+    Students that never reconstruct do not learn to generate (what CRMVAE found), hence the reconstruction term: decoders and
+    aligned encoder also serve samples from the posterior of a random subset.
+    """
+    loss, figures, teacher = _joint_and_refined(vae, batch, generator, refiner)
+    subsets = every_subset(len(vae.modalities))
+    if len(subsets) > MAX_SUBSETS:
+        singles = len(vae.modalities)
+        others = torch.randperm(len(subsets) - singles, generator=generator)[: MAX_SUBSETS - singles] + singles
+        subsets = torch.cat((subsets[:singles], subsets[others]))
+    divergences, students = alignment(vae, batch, teacher, subsets)
+    loss = loss + vae.beta * divergences.sum(0).mean()
+    figures["align"] = divergences.mean()
+    if settings.reconstruction:
+        # One student a row, drawn at random, costs a single pass through the decoders.
+        choice = torch.randint(len(students), (len(batch.present),), generator=generator)
+        rows = torch.arange(len(choice))
+        mean = torch.stack([s.mean for s in students])[choice, rows]
+        log_var = torch.stack([s.log_var for s in students])[choice, rows]
+        z = mean + (0.5 * log_var).exp() * _noise(vae, batch, 1, generator)[:, 0]
+        evidence = vae.evidences(batch.arrays, batch.present, z.unsqueeze(1))[:, 0]
+        some = (batch.present & subsets[choice]).any(1)
+        evidence = torch.where(some, evidence, torch.zeros_like(evidence))
+        loss = loss - settings.reconstruction * evidence.mean()
+        figures["reconstruction"] = evidence.mean()
+    return loss, figures
+
+
+def _joint_and_refined(
+    vae: MultimodalVAE, batch: Batch, generator: torch.Generator, settings: config.Refiner
+) -> tuple[Tensor, dict[str, Tensor], Gaussian]:
+    start = vae.joint(batch.arrays, batch.present)
+    noise = antithetic(_noise(vae, batch, settings.samples // 2, generator))
+    refined = refine(vae, batch, start, noise, settings.steps)
+    at_start, at_refined = elbos(vae, batch, [start, refined.posterior], _noise(vae, batch, 2, generator))
+    loss = -(at_start + at_refined).mean() / 2 + refined.loss.mean() / settings.steps
+    gain = refined.objectives[-1] - refined.objectives[0]
+    return loss, {"elbo": at_start.mean(), "refined": at_refined.mean(), "gain": gain.mean()}, refined.posterior
+
+
+def _noise(vae: MultimodalVAE, batch: Batch, samples: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(len(batch.present), samples, vae.latent, generator=generator)
