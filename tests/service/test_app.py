@@ -1,4 +1,6 @@
 import contextlib
+import threading
+import time
 from collections.abc import Callable
 
 import httpx
@@ -16,6 +18,17 @@ def test_apps_share_nothing(serve: Callable[..., contextlib.AbstractContextManag
         counted = 'concord_request_duration_seconds_count{route="/embed",status="200"}'
         assert f"{counted} 1.0" in one.get("/metrics").text
         assert counted not in other.get("/metrics").text
+
+
+def test_nothing_outlives_an_app(serve: Callable[..., contextlib.AbstractContextManager[httpx.Client]]) -> None:
+    before = set(threading.enumerate())
+    with serve() as client:
+        client.post("/embed", json={"inputs": [{"word": "one"}]})
+        assert {"inference", "decode_0"} <= {thread.name for thread in set(threading.enumerate()) - before}
+    deadline = time.monotonic() + 2
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_the_document_is_served(client: httpx.Client) -> None:

@@ -1,5 +1,6 @@
 import contextlib
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -63,9 +64,21 @@ def test_a_declared_length_is_refused_before_the_body_comes(small: httpx.Client)
     assert time.perf_counter() - started < 3
 
 
+def test_a_client_that_listens_only_when_all_is_sent_is_not_cut_off(small: httpx.Client) -> None:
+    size = 8 << 20
+    head = b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % size
+    assert exchange(small, head + bytes(size)).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_client_that_waits_for_continue_never_sends_its_body(small: httpx.Client) -> None:
     received = exchange(small, b"POST /embed HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 9999\r\n\r\n")
     assert received.startswith(b"HTTP/1.1 413 ")
+
+
+def test_nothing_of_a_form_is_written_to_a_disk(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    response = client.post("/embed", files={"photo": ("p.png", bytes(3 << 20))})
+    assert (response.status_code, response.json()["code"]) == (400, "bad_image")
 
 
 @pytest.mark.parametrize(
