@@ -338,16 +338,12 @@ def test_an_answer_after_the_loop_is_closed_is_dropped(gated: Gated) -> None:
     """The thread survives callers that are gone with their event loop."""
     engine = Engine(gated)
     engine.start()
-
-    async def leave() -> None:
-        gated.gate.clear()
-        gated.arrived.clear()
-        task = asyncio.create_task(engine.submit([word(0)]))
-        await asyncio.to_thread(gated.arrived.wait, 20)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    asyncio.run(leave())
+    loop = asyncio.new_event_loop()
+    gated.gate.clear()
+    task = loop.create_task(engine.submit([word(0)]))
+    loop.run_until_complete(asyncio.wait([task], timeout=0.05))
+    assert gated.arrived.wait(20)
+    loop.close()
     gated.gate.set()
 
     async def ask() -> None:
@@ -355,3 +351,4 @@ def test_an_answer_after_the_loop_is_closed_is_dropped(gated: Gated) -> None:
 
     run(ask())
     engine.stop()
+    assert not task.done()
