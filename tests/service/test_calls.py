@@ -1,9 +1,10 @@
-"""The reader with kinds of modality that the built-in bundle lacks."""
+"""What a body says, read: over HTTP for the built-in bundle, and directly for the kinds of modality that it lacks."""
 
 import base64
 import string
 from typing import Any
 
+import httpx
 import numpy as np
 import orjson
 import pytest
@@ -108,3 +109,87 @@ def test_a_bad_query_is_told_where(name: str, value: str, pointer: str) -> None:
 def test_a_null_option_is_not_a_default() -> None:
     with pytest.raises(Problem, match="/refine"):
         READER.read(orjson.dumps({"inputs": [{"word": "a"}], "refine": None}), [], EmbedOptions)
+
+
+BAD = [
+    ("/embed", {}, 422, "invalid_value", "/inputs"),
+    ("/embed", {"inputs": []}, 422, "invalid_value", "/inputs"),
+    ("/embed", {"inputs": [{"word": "one"}] * 33}, 422, "invalid_value", "/inputs"),
+    ("/embed", {"inputs": {"word": "one"}}, 422, "invalid_value", "/inputs"),
+    ("/embed", {"inputs": [{}]}, 422, "empty_subset", "/inputs/0"),
+    ("/embed", {"inputs": [{"id": "a", "word": None}]}, 422, "empty_subset", "/inputs/0"),
+    ("/embed", {"inputs": [{"so/und~": "x"}]}, 422, "unknown_modality", "/inputs/0/so~1und~0"),
+    ("/embed", {"inputs": [{"word": 7}]}, 422, "wrong_type", "/inputs/0/word"),
+    ("/embed", {"inputs": [{"word": ""}]}, 422, "bad_text", "/inputs/0/word"),
+    ("/embed", {"inputs": [{"word": "a" * 10_001}]}, 413, "too_large", "/inputs/0/word"),
+    ("/embed", {"inputs": [{"word": "one"}, {"photo": "!"}]}, 400, "bad_base64", "/inputs/1/photo"),
+    ("/embed", {"inputs": [{"photo": {"data": "AAAA"}}]}, 400, "bad_image", "/inputs/0/photo/data"),
+    ("/embed", {"inputs": [{"photo": "data:image/gif;base64,AAAA"}]}, 415, "unsupported_media_type", "/inputs/0/photo"),
+    ("/embed", {"inputs": [{"word": "one", "id": "x" * 129}]}, 422, "invalid_value", "/inputs/0/id"),
+    ("/embed", {"inputs": [{"word": "one"}], "sead": 1}, 422, "invalid_value", "/sead"),
+    ("/embed", {"inputs": [{"word": "one"}], "seed": -1}, 422, "invalid_value", "/seed"),
+    ("/embed", {"inputs": [{"word": "one"}], "seed": "1"}, 422, "invalid_value", "/seed"),
+    ("/embed", {"inputs": [{"word": "one"}], "seed": 2**63}, 422, "invalid_value", "/seed"),
+    ("/embed", {"inputs": [{"word": "one"}], "refine": {"steps": 1.5}}, 422, "invalid_value", "/refine/steps"),
+    ("/embed", {"inputs": [{"word": "one"}], "refine": {"steps": 10**9}}, 422, "out_of_range", "/refine/steps"),
+    ("/embed", {"inputs": [{"word": "one"}], "refine": {"budget_ms": 0}}, 422, "invalid_value", "/refine/budget_ms"),
+    ("/embed", {"inputs": [{"word": "one"}], "targets": ["photo"]}, 422, "invalid_value", "/targets"),
+    ("/cross-generate", {"inputs": [{"word": "one"}], "targets": []}, 422, "invalid_value", "/targets"),
+    ("/cross-generate", {"inputs": [{"word": "one"}], "targets": ["sound"]}, 422, "unknown_modality", "/targets/0"),
+    ("/cross-generate", {"inputs": [{"word": "one"}], "targets": ["word", "word"]}, 422, "invalid_value", "/targets/1"),
+    ("/cross-generate", {"inputs": [{"word": "one"}], "num_samples": 129}, 422, "out_of_range", "/num_samples"),
+    ("/cross-generate", {"inputs": [{"word": "one"}], "num_samples": 0}, 422, "invalid_value", "/num_samples"),
+    ("/cross-generate", {"inputs": [{"word": "one"}], "temperature": 11}, 422, "invalid_value", "/temperature"),
+    ("/cross-generate", {"inputs": [{"word": "one"}], "output": {"image": "gif"}}, 422, "invalid_value", "/output/image"),
+]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_request_is_told_what_and_where(client: httpx.Client, case: tuple[str, dict[str, Any], int, str, str]) -> None:
+    path, content, status, code, pointer = case
+    response = client.post(path, json=content)
+    problem = response.json()
+    assert (response.status_code, problem["status"], problem["code"]) == (status, status, code)
+    assert problem["errors"][0]["pointer"] == pointer
+    assert problem["instance"] == f"urn:request:{response.headers['x-request-id']}"
+
+
+def test_an_unknown_modality_is_told_the_valid_ones(client: httpx.Client) -> None:
+    detail = client.post("/embed", json={"inputs": [{"sound": "x"}]}).json()["errors"][0]["detail"]
+    assert all(name in detail for name in ("digit", "photo", "word"))
+
+
+def test_every_fault_of_every_item_is_told(client: httpx.Client) -> None:
+    problem = client.post("/embed", json={"inputs": [{"word": "?", "sound": 1}, {"word": "one"}, {}]}).json()
+    assert [e["pointer"] for e in problem["errors"]] == ["/inputs/0/sound", "/inputs/0/word", "/inputs/2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b'{"inputs": [{"word": NaN}]}', 400, "invalid_json"),
+        (b'{"inputs": [{"word": "one"}], "temperature": Infinity}', 400, "invalid_json"),
+        (b'{"inputs": [{"word": "one"}], "seed": 1e999}', 400, "invalid_json"),
+        (b'{"inputs": [{"word": "\\ud800"}]}', 400, "invalid_json"),
+        (b'{"inputs": [{"word": "\xff"}]}', 400, "invalid_json"),
+        (b"", 400, "invalid_json"),
+        (b'{"inputs":' + b"[" * 100_000, 400, "invalid_json"),
+        (b'{"inputs":' + b"[" * 900 + b"]" * 900 + b"}", 422, "invalid_value"),
+        (b"[]", 422, "invalid_value"),
+        (b'{"inputs": [{"word": "one"}], "seed": ' + b"9" * 300 + b"}", 422, "invalid_value"),
+        (b'{"inputs": [{"word": "a\\u0000"}]}', 422, "bad_text"),
+        (b'{"inputs": [{"word": "one"}], ' + b",".join(b'"k%d": 1' % n for n in range(500_000)) + b"}", 422, "invalid_value"),
+        (b'{"inputs": [{' + b",".join(b'"k%d": 1' % n for n in range(500_000)) + b"}]}", 422, "unknown_modality"),
+    ],
+)
+def test_hostile_json(client: httpx.Client, content: bytes, status: int, code: str) -> None:
+    response = client.post("/embed", content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["code"]) == (status, code)
+    assert len(response.content) < 10_000
+    assert response.elapsed.total_seconds() < 0.5
+
+
+def test_of_a_key_given_twice_the_last_counts(client: httpx.Client) -> None:
+    twice = b'{"inputs": [{"word": "one"}], "inputs": [{"word": "two"}, {"word": "six"}]}'
+    response = client.post("/embed", content=twice, headers={"content-type": "application/json"})
+    assert len(response.json()["data"]) == 2
