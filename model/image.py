@@ -26,8 +26,8 @@ _FOREIGN = {  # named in the refusal, so that a reader knows what was sent
     b"<svg": "SVG",
     b"<?xml": "XML or SVG",
 }
-_MAX_SCANS = 200
-"""Of a progressive JPEG. Each empty one costs the decoder a pass over the picture and the sender twenty bytes."""
+_MAX_SCANS = 100
+"""Of a progressive JPEG; usual files have ten. Each costs 10 ms at 16 megapixels, and its sender as little as thirty bytes."""
 
 # Pillow's own bomb guard must refuse, not print. Set once: warnings.catch_warnings is not safe in the threads that decode.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
