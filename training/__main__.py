@@ -1,4 +1,4 @@
-"""``python -m training``: fit, evaluate, export."""
+"""``python -m training``: fit, evaluate, export, report."""
 
 import logging
 import shutil
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from model.bundle import BundleError
+from model.bundle import DEFAULT_BUNDLE, BundleError, builtin, read
 from model.vae.export import ExportError
 from model.vae.multimodal import MultimodalVAE
 from training import config, data
@@ -23,6 +23,7 @@ from training.export import export as export_run
 from training.fit import DivergenceError, load
 from training.fit import fit as train
 from training.progress import Progress
+from training.report import write_results
 
 app = typer.Typer(
     help="Make a bundle from data, offline: fit a configuration, evaluate the result, export it. "
@@ -111,6 +112,16 @@ def export(
     size = sum(entry.bytes for entry in bundle.manifest.files.values())
     print(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}, {size / 1e6:.1f} MB, sha256 {bundle.sha256[:16]}")
     print(f"serve it with: CONCORD_BUNDLE={bundle.path} python -m service")
+
+
+@app.command()
+@_explained
+def report(
+    readme: Annotated[Path, typer.Option(help="File whose results section is rewritten.")] = Path("README.md"),
+    bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle. Default: the built-in one.")] = None,
+) -> None:
+    """Write the README's results from the figures that a bundle carries."""
+    write_results(readme, read(bundle or builtin(DEFAULT_BUNDLE)).manifest)
 
 
 @contextmanager
