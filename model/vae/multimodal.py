@@ -62,7 +62,10 @@ class MultimodalVAE(nn.Module):
     ) -> Float[Tensor, "batch sample"]:
         """Sum over present m of w_m log p(x_m | z) of each sample, in weighted nats."""
         weights = torch.tensor([self.weights[m.name] for m in self.modalities], device=z.device)
-        weighted = self.log_likelihoods(arrays, z) * weights
+        # Fillers are replaced before the likelihood too: zero times the slope at a NaN is NaN in the gradient.
+        slots = {m.name: present[:, i].view(-1, *[1] * len(m.shape)) for i, m in enumerate(self.modalities)}
+        observed = {name: torch.where(slot, arrays[name], torch.zeros_like(arrays[name])) for name, slot in slots.items()}
+        weighted = self.log_likelihoods(observed, z) * weights
         return torch.where(present.unsqueeze(1), weighted, torch.zeros_like(weighted)).sum(-1)
 
     def objective(

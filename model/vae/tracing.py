@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 MAX_BATCH = 1 << 16
+Size = int | torch.SymInt
+"""An axis while it is recorded: the batch has no number then."""
 
 
 def trace(function: Callable[..., tuple[Tensor, ...]], example: Sequence[Tensor]) -> ExportedProgram:
@@ -71,7 +73,7 @@ def _convolution_backward(
     return back, None, None
 
 
-def _slice_backward(gradient: Tensor, sizes: list[int], dim: int, start: int, end: int, step: int) -> Tensor:
+def _slice_backward(gradient: Tensor, sizes: list[Size], dim: int, start: Size, end: Size, step: int) -> Tensor:
     """Zeros around the gradient. The general rule scatters, which runs far slower."""
     if step != 1:
         raise NotImplementedError("only contiguous slices are used in decoders")
@@ -80,6 +82,6 @@ def _slice_backward(gradient: Tensor, sizes: list[int], dim: int, start: int, en
     return torch.constant_pad_nd(gradient, padding)
 
 
-def _empty_permuted(size: list[int], _layout: list[int], **options: Any) -> Tensor:
+def _empty_permuted(size: list[Size], _layout: list[int], **options: Any) -> Tensor:
     """Uninitialised memory has no counterpart in ONNX; every use here overwrites it."""
     return torch.zeros(size, dtype=options.get("dtype"))

@@ -1,0 +1,95 @@
+"""Each log-likelihood against torch.distributions, and at the ends of what floats can hold."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Laplace, Normal
+
+from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
+from model.vae.likelihood import expectation, log_likelihood
+
+IMAGES = [
+    ImageModality(name="picture", channels=1, height=3, width=2, likelihood=likelihood, scale=0.4)
+    for likelihood in ("laplace", "gaussian", "bernoulli")
+]
+VECTORS = [VectorModality(name="numbers", size=4, likelihood=likelihood, scale=2.5) for likelihood in ("gaussian", "laplace")]
+TEXT = TextModality(name="word", length=5, alphabet=" abc")
+BINARY = BinaryModality(name="traits", attributes=("a", "b", "c"))
+ALL: list[Modality] = [*IMAGES, *VECTORS, TEXT, BINARY]
+
+
+def named(modality: Modality) -> str:
+    return f"{modality.kind}-{modality.likelihood}"
+
+
+def shape_of_raw(modality: Modality) -> tuple[int, ...]:
+    return (*modality.shape, len(modality.alphabet)) if isinstance(modality, TextModality) else modality.shape
+
+
+def rows(modality: Modality, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(modality, TextModality):
+        return torch.randint(len(modality.alphabet), (count, *modality.shape), generator=generator)
+    if isinstance(modality, VectorModality):
+        return torch.randn(count, *modality.shape, generator=generator)
+    if modality.likelihood == "bernoulli":
+        return torch.randint(2, (count, *modality.shape), generator=generator).float()
+    return torch.rand(count, *modality.shape, generator=generator)
+
+
+def distribution(modality: Modality, raw: Tensor) -> Distribution:
+    if isinstance(modality, TextModality):
+        return Independent(Categorical(logits=raw), 1)
+    dimensions = len(modality.shape)
+    if modality.likelihood == "bernoulli":
+        return Independent(Bernoulli(logits=raw), dimensions)
+    location = raw if isinstance(modality, VectorModality) else torch.sigmoid(raw)
+    kind = Laplace if modality.likelihood == "laplace" else Normal
+    return Independent(kind(location, modality.scale), dimensions)
+
+
+@pytest.mark.parametrize("modality", ALL, ids=named)
+def test_log_likelihood_and_its_gradient_are_those_of_torch(modality: Modality) -> None:
+    raw = 3 * torch.randn(6, *shape_of_raw(modality), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    raw.requires_grad_()
+    x = rows(modality, 6)
+    ours, theirs = log_likelihood(modality, raw, x), distribution(modality, raw).log_prob(x.to(raw.dtype))
+    torch.testing.assert_close(ours, theirs)
+    (slope,), (expected,) = (torch.autograd.grad(value.sum(), raw) for value in (ours, theirs))
+    torch.testing.assert_close(slope, expected)
+
+
+@pytest.mark.parametrize("modality", ALL, ids=named)
+def test_a_row_does_not_depend_on_its_neighbours(modality: Modality) -> None:
+    raw, x = torch.randn(4, *shape_of_raw(modality)), rows(modality, 4)
+    together = log_likelihood(modality, raw, x)
+    torch.testing.assert_close(torch.cat([log_likelihood(modality, raw[i : i + 1], x[i : i + 1]) for i in range(4)]), together)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e2, 1e4, 1e10])
+@pytest.mark.parametrize("modality", ALL, ids=named)
+def test_extreme_outputs_stay_finite(modality: Modality, size: float) -> None:
+    signs = torch.where(torch.arange(4 * torch.Size(shape_of_raw(modality)).numel()) % 3 == 0, 1.0, -1.0)
+    raw = (size * signs).reshape(4, *shape_of_raw(modality)).requires_grad_()
+    value = log_likelihood(modality, raw, rows(modality, 4))
+    (slope,) = torch.autograd.grad(value.sum(), raw)
+    assert value.isfinite().all()
+    assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("modality", [IMAGES[2], BINARY], ids=named)
+def test_a_sure_bernoulli_pays_its_logit_when_it_is_wrong(modality: Modality) -> None:
+    size = torch.Size(modality.shape).numel()
+    raw, x = torch.full((1, *modality.shape), 200.0), torch.zeros(1, *modality.shape)
+    assert log_likelihood(modality, raw, x).item() == -200.0 * size  # log(sigmoid) itself would say -inf
+    assert log_likelihood(modality, raw, 1 - x).item() == 0
+
+
+@pytest.mark.parametrize("modality", ALL, ids=named)
+def test_expectations_are_those_of_the_distribution(modality: Modality) -> None:
+    raw = torch.randn(6, *shape_of_raw(modality))
+    expected = expectation(modality, raw)
+    if isinstance(modality, TextModality):
+        torch.testing.assert_close(expected.exp(), Categorical(logits=raw).probs)
+    else:
+        torch.testing.assert_close(expected, distribution(modality, raw).mean)
