@@ -114,7 +114,9 @@ class Refiner(Stage):
     steps: PositiveInt = 4
     """Refinement steps of every batch, in this stage and in the next."""
     samples: int = Field(default=2, ge=2, multiple_of=2)
-    """Noise samples a step, in antithetic pairs."""
+    """Noise samples a step while training, in antithetic pairs."""
+    serving_samples: int = Field(default=4, ge=2, multiple_of=2)
+    """The same in the bundle, where fewer rows can pay for steadier steps."""
 
 
 class Align(Stage):

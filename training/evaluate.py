@@ -14,6 +14,7 @@ from training.metrics.probe import linear_probe
 from training.metrics.refinement import JUDGE_SAMPLES, refined_elbos
 from training.objectives import every_subset
 from training.progress import Progress
+from training.sources import UNKNOWN
 
 BATCH_ROWS = 500
 PROBE_POOL = 6000  # training rows that the probe's points are drawn from
@@ -22,7 +23,8 @@ PROBE_POOL = 6000  # training rows that the probe's points are drawn from
 def evaluate(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, progress: Progress) -> dict[str, Any]:
     """All figures, by name; JSON values.
 
-    ``probe``: accuracy of a linear probe on the posterior means, by subset and on the joint encoder's means; needs labels.
+    ``probe``: accuracy of a linear probe on the posterior means, by subset and on the joint encoder's means, among the rows
+    that have a label and some of the subset; left out where these rows know fewer than two classes.
     ``refinement``: of rows as they are, from the aligned posterior, as the service refines: the mean ELBO by step with the
     noise that is climbed, and judged with fresh noise before and after the trained number of steps; ``raised`` is the share
     of rows whose ELBO rises, with either noise. ``joint`` is the mean ELBO of the joint encoder's own posterior.
@@ -34,38 +36,40 @@ def evaluate(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, 
         "+".join(m.name for m, bit in zip(vae.modalities, mask, strict=True) if bit): mask
         for mask in every_subset(len(vae.modalities))
     }
-    pool, pool_labels = _means(vae, train, subsets, PROBE_POOL, progress, shuffle=True)
-    means, labels = _means(vae, test, subsets, len(test), progress, shuffle=False)
-    if pool_labels is not None and labels is not None:
-        figures["probe"] = {
-            name: linear_probe(pool[name], pool_labels, means[name], labels, seed=config.seed) for name in means
-        }
+    pool = _means(vae, train, subsets, PROBE_POOL, progress, shuffle=True)
+    means = _means(vae, test, subsets, len(test), progress, shuffle=False)
+    # A class that all rows share, or that none has, cannot be probed.
+    probed = [name for name in means if len(np.unique(pool[name][1])) > 1 and len(means[name][1])]
+    if probed:
+        figures["probe"] = {name: linear_probe(*pool[name], *means[name], seed=config.seed) for name in probed}
     figures["refinement"] = _refinement(config, vae, test, progress)
     return figures
 
 
 def _means(
     vae: MultimodalVAE, data: Dataset, subsets: dict[str, Tensor], rows: int, progress: Progress, *, shuffle: bool
-) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any] | None]:
-    """Posterior means of every subset, and of the joint encoder under the name ``joint``; labels beside them."""
+) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Posterior means of every subset, and of the joint encoder under the name ``joint``, each with the labels of its rows:
+    those that have a label and some of the subset."""
     means: dict[str, list[Tensor]] = {name: [] for name in [*subsets, "joint"]}
-    labels: list[Tensor] = []
+    labels: dict[str, list[Tensor]] = {name: [] for name in means}
     steps = min(data.steps_per_epoch(BATCH_ROWS, shuffle=shuffle), -(-rows // BATCH_ROWS))
     with progress.stage("embed", steps) as advance, torch.no_grad():
         for step, batch in zip(range(steps), data.batches(0, BATCH_ROWS, 0, shuffle=shuffle), strict=False):
             features = vae.aligned.features(batch.arrays)
+            known = batch.labels if batch.labels is not None else torch.full((len(batch.present),), UNKNOWN)
             for name, subset in subsets.items():
-                means[name].append(vae.aligned.fuse(features, batch.present & subset).mean)
-            means["joint"].append(vae.joint(batch.arrays, batch.present).mean)
-            if batch.labels is not None:
-                labels.append(batch.labels)
+                chosen = (batch.present & subset).any(1) & (known != UNKNOWN)
+                means[name].append(vae.aligned.fuse(features, batch.present & subset).mean[chosen])
+                labels[name].append(known[chosen])
+            means["joint"].append(vae.joint(batch.arrays, batch.present).mean[known != UNKNOWN])
+            labels["joint"].append(known[known != UNKNOWN])
             advance(step + 1, {})
-    joined = {name: torch.cat(parts).numpy() for name, parts in means.items()}
-    return joined, torch.cat(labels).numpy() if labels else None
+    return {name: (torch.cat(means[name]).numpy(), torch.cat(labels[name]).numpy()) for name in means}
 
 
 def _refinement(config: Config, vae: MultimodalVAE, test: Dataset, progress: Progress) -> dict[str, Any]:
-    steps, samples = config.refiner.steps, config.refiner.samples
+    steps, samples = config.refiner.steps, config.refiner.serving_samples
     generator = torch.Generator().manual_seed(config.seed)
     climbed, judged, joint = [], [], []
     total = test.steps_per_epoch(BATCH_ROWS, shuffle=False)

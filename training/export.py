@@ -43,7 +43,7 @@ def export(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, fi
         vae,
         path,
         facts=facts,
-        samples=config.refiner.samples,
+        samples=config.refiner.serving_samples,
         horizon=config.refiner.steps,
         examples=examples,
         card=model_card(config, sources, figures),

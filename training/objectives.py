@@ -17,9 +17,9 @@ class Refined(NamedTuple):
     posterior: Gaussian
     """lambda_T, cut from the graph."""
     objectives: Float[Tensor, "step batch"]
-    """The ELBO at lambda_0 ... lambda_T, all with the same noise."""
+    """The ELBO at lambda_0 ... lambda_T, all with the noise that was climbed."""
     loss: Float[Tensor, " batch"]
-    """Has the gradient of -sum_t ELBO(lambda_t) for the refiner's parameters; its value means nothing."""
+    """Has the gradient of -sum_t ELBO(lambda_t) for the refiner, its value means nothing. Zero without ``judges``."""
 
 
 def elbos(
@@ -32,27 +32,40 @@ def elbos(
 
 
 def refine(
-    vae: MultimodalVAE, batch: Batch, start: Gaussian, noise: Float[Tensor, "batch sample latent"], steps: int
+    vae: MultimodalVAE,
+    batch: Batch,
+    start: Gaussian,
+    noise: Float[Tensor, "batch sample latent"],
+    steps: int,
+    judges: Float[Tensor, "step batch sample latent"] | None = None,
 ) -> Refined:
-    """Refine ``start`` with the modalities present, learning how on the way (Marino, Yue & Mandt 2018, algorithm 1).
+    """Refine ``start`` with the modalities present (Marino, Yue & Mandt 2018, algorithm 1), as the service does.
 
-    Each lambda_t is detached before the next step, so the refiner learns each step for itself. The gradient of the ELBO at
-    lambda_{t+1}, which the next step needs anyway, is also what the refiner's parameters need: one backward pass serves both.
+    Args:
+        noise: of the gradients that the refiner sees, the same at every step.
+        judges: fresh noise for each step; the refiner learns when it is given. Judged by the noise that it climbs, a refiner
+            learns to fit that noise: the ELBO rises on it and falls on any other.
+
+    Each lambda_t is detached before the next step, so that the refiner learns each step for itself. Its parameters get the
+    gradient of the ELBO at lambda_{t+1} by the chain rule, without another pass through the decoders.
     """
     posterior = start.detach()
     prior = standard_like(posterior)
     loss = torch.zeros(len(posterior.mean))
     objectives = []
-    with torch.no_grad():
-        gradient, objective = vae.gradient(batch.arrays, batch.present, posterior, prior, noise)
-    objectives.append(objective)
-    for _ in range(steps):
-        after = vae.refiner(posterior, gradient)
-        posterior = after.detach()
+    for step in range(steps):
         with torch.no_grad():
             gradient, objective = vae.gradient(batch.arrays, batch.present, posterior, prior, noise)
         objectives.append(objective)
-        loss = loss - (after.mean * gradient.mean + after.log_var * gradient.log_var).sum(-1)
+        with torch.set_grad_enabled(judges is not None):
+            after = vae.refiner(posterior, gradient)
+        posterior = after.detach()
+        if judges is not None:
+            with torch.no_grad():
+                slope, _ = vae.gradient(batch.arrays, batch.present, posterior, prior, judges[step])
+            loss = loss - (after.mean * slope.mean + after.log_var * slope.log_var).sum(-1)
+    with torch.no_grad():
+        objectives.append(vae.objective(batch.arrays, batch.present, posterior, prior, noise))
     return Refined(posterior, torch.stack(objectives), loss)
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.vae.gaussian import Gaussian, antithetic
+from model.vae.gaussian import antithetic
 from model.vae.multimodal import MultimodalVAE
 from training import config
 from training.data import Batch
-from training.objectives import alignment, elbos, every_subset, refine
+from training.objectives import Refined, alignment, elbos, every_subset, refine
 
 MAX_SUBSETS = 16  # a batch aligns at most so many; with more modalities, all single ones and a random choice of the others
 
@@ -48,25 +48,25 @@ def refiner_loss(
     vae: MultimodalVAE, batch: Batch, generator: torch.Generator, settings: config.Refiner
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The refiner learns its steps; encoder and decoders go on, the decoders at refined posteriors too."""
-    loss, figures, _ = _joint_and_refined(vae, batch, generator, settings)
-    return loss, figures
+    loss, figures, refined = _joint_and_refined(vae, batch, generator, settings, learn=True)
+    return loss + refined.loss.mean() / settings.steps, figures
 
 
 def align_loss(
     vae: MultimodalVAE, batch: Batch, generator: torch.Generator, refiner: config.Refiner, settings: config.Align
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The aligned encoder learns the refined posterior from every subset; all else goes on.
+    """The aligned encoder learns the refined posterior from every subset; all but the refiner goes on.
 
     Students that never reconstruct do not learn to generate (what CRMVAE found), hence the reconstruction term: decoders and
     aligned encoder also serve samples from the posterior of a random subset.
     """
-    loss, figures, teacher = _joint_and_refined(vae, batch, generator, refiner)
+    loss, figures, refined = _joint_and_refined(vae, batch, generator, refiner, learn=False)
     subsets = every_subset(len(vae.modalities))
     if len(subsets) > MAX_SUBSETS:
         singles = len(vae.modalities)
         others = torch.randperm(len(subsets) - singles, generator=generator)[: MAX_SUBSETS - singles] + singles
         subsets = torch.cat((subsets[:singles], subsets[others]))
-    divergences, students = alignment(vae, batch, teacher, subsets)
+    divergences, students = alignment(vae, batch, refined.posterior, subsets)
     loss = loss + vae.beta * divergences.sum(0).mean()
     figures["align"] = divergences.mean()
     if settings.reconstruction:
@@ -85,15 +85,16 @@ def align_loss(
 
 
 def _joint_and_refined(
-    vae: MultimodalVAE, batch: Batch, generator: torch.Generator, settings: config.Refiner
-) -> tuple[Tensor, dict[str, Tensor], Gaussian]:
+    vae: MultimodalVAE, batch: Batch, generator: torch.Generator, settings: config.Refiner, *, learn: bool
+) -> tuple[Tensor, dict[str, Tensor], Refined]:
     start = vae.joint(batch.arrays, batch.present)
-    noise = antithetic(_noise(vae, batch, settings.samples // 2, generator))
-    refined = refine(vae, batch, start, noise, settings.steps)
+    pairs = settings.samples // 2
+    noise = antithetic(_noise(vae, batch, pairs, generator))
+    judges = torch.stack([antithetic(_noise(vae, batch, pairs, generator)) for _ in range(settings.steps)]) if learn else None
+    refined = refine(vae, batch, start, noise, settings.steps, judges)
     at_start, at_refined = elbos(vae, batch, [start, refined.posterior], _noise(vae, batch, 2, generator))
-    loss = -(at_start + at_refined).mean() / 2 + refined.loss.mean() / settings.steps
-    gain = refined.objectives[-1] - refined.objectives[0]
-    return loss, {"elbo": at_start.mean(), "refined": at_refined.mean(), "gain": gain.mean()}, refined.posterior
+    loss = -(at_start + at_refined).mean() / 2
+    return loss, {"elbo": at_start.mean(), "refined": at_refined.mean()}, refined
 
 
 def _noise(vae: MultimodalVAE, batch: Batch, samples: int, generator: torch.Generator) -> Tensor:
