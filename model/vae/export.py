@@ -242,7 +242,7 @@ def _share_weights(graph: onnx.ModelProto, file: Path, weights: Mapping[str, Ten
         places[array.shape, array.tobytes()] = (name, False)
     for initializer in graph.graph.initializer:
         array = onnx.numpy_helper.to_array(initializer)
-        if array.nbytes <= INLINE_BYTES:
+        if array.nbytes <= INLINE_BYTES or array.dtype.kind == "i":  # integers count characters; they are no weights
             continue
         found = places.get((array.shape, array.tobytes()))
         if found is None:
