@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from model.bundle import BundleError
 from model.runtime import Runtime
 from service.app import create
+from service.keys import KeysError
 from service.server import bind, configure
 from service.settings import PREFIX, Settings, explain
 from service.telemetry import configure_logging
@@ -69,7 +70,10 @@ def _serve(settings: Settings) -> None:
         where = f"{settings.host}:{settings.port}"
         _stop(f"cannot listen on {where}: {error.strerror}. Stop what listens there, or choose another --port", FAILED)
     runtime = _open(settings)
-    app = create(runtime, settings)
+    try:
+        app = create(runtime, settings)
+    except KeysError as error:
+        _stop(str(error), FAILED)
     host, port = listener.getsockname()[:2]
     manifest = runtime.bundle.manifest
     structlog.get_logger("service").info(

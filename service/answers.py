@@ -53,6 +53,22 @@ def embed(
     return _dump(manifest, data, usage, dimensions=manifest.latent)
 
 
+def embeddings(manifest: Manifest, encoding_format: str, results: Sequence[Result]) -> bytes:
+    """The body of POST /v1/embeddings. A token of this service's texts is a character."""
+    data = [
+        {"object": "embedding", "index": item.index, "embedding": _vector(outcome.mean, encoding_format)}
+        for item, outcome in results
+    ]
+    tokens = sum(item.text_characters for item, _ in results)
+    answer = {
+        "object": "list",
+        "model": manifest.name,
+        "data": data,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
 def generate(
     manifest: Manifest, options: GenerateOptions, results: Sequence[Result], rejected: Sequence[Rejected], request_id: str
 ) -> bytes:

@@ -12,16 +12,23 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from model.runtime import Runtime
-from service import contract, models, probes, routes
+from service import contract, embeddings, models, probes, routes
+from service.access import Access
 from service.body import BodyLimit
 from service.errors import Problem, answer_http_exception, answer_problem
+from service.keys import Keys
 from service.serving import Serving
 from service.settings import Settings
 from service.telemetry import Metrics, Telemetry
 
 
 def create(runtime: Runtime, settings: Settings) -> FastAPI:
-    """An app that serves one opened bundle. It is warmed and checked in its lifespan, before the first request."""
+    """An app that serves one opened bundle. It is warmed and checked in its lifespan, before the first request.
+
+    Raises:
+        KeysError: the file of API keys cannot be used.
+    """
+    keys = Keys(settings.api_keys_file, burst=settings.max_items) if settings.api_keys_file else None
     bundle = runtime.bundle
     metrics = Metrics(
         {
@@ -37,30 +44,35 @@ def create(runtime: Runtime, settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await serving.start()
-        try:
-            yield
-        finally:
-            await serving.stop()
+        async with keys.watched() if keys else contextlib.nullcontext():
+            await serving.start()
+            try:
+                yield
+            finally:
+                await serving.stop()
 
     app = FastAPI(
         lifespan=lifespan,
         redirect_slashes=False,
+        openapi_url="/openapi.json" if settings.docs and settings.admin_port is None else None,
         docs_url=None,  # their pages load scripts from other hosts
         redoc_url=None,
         middleware=[
             Middleware(Telemetry, metrics=metrics, model_version=bundle.manifest.version),
+            Middleware(Access, keys=keys, hosts=settings.allowed_hosts),
             Middleware(BodyLimit, limit=settings.max_body_bytes),
         ],
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
     )
     app.state.serving = serving
-    for router in (routes.router, models.router, probes.router):
+    for router in (routes.router, embeddings.router, models.router, probes.router):
         app.include_router(router)
+    if settings.metrics and settings.admin_port is None:
+        app.include_router(probes.metrics_router)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = contract.document(app, runtime.modalities, settings.max_items)
+            app.openapi_schema = contract.document(app, runtime.modalities, settings.max_items, keys=bool(keys))
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents

@@ -7,11 +7,12 @@ from typing import Any
 
 import orjson
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Problem, too_large_body
+from service.errors import Problem, respond, too_large_body
 
 LINGER_SECONDS = 0.5
 MAX_PARTS = 64
@@ -23,7 +24,7 @@ class Form:
     """One sample: a value for each part, bytes where it came as a file and text otherwise; and the options part, JSON."""
 
     sample: dict[str, str | bytes]
-    options: str | bytes | None
+    options: bytes | None
 
 
 class BodyLimit:
@@ -67,9 +68,7 @@ class BodyLimit:
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared[:20]) > self.limit:
             crossed = True
-            scope["state"]["code"] = "too_large"
-            answer = too_large_body(self.limit).answer(scope["state"]["request_id"])
-            await answer(scope, receive, lingering)
+            await respond(scope, too_large_body(self.limit))(scope, receive, lingering)
         else:
             await self.app(scope, limited, lingering)
 
@@ -87,22 +86,38 @@ async def read(request: Request, limit: int) -> bytes | Form:
     Raises:
         Problem: 400, 413 or 415.
     """
+    if _media_type(request) == "multipart/form-data":
+        return await _read_form(request, limit)
+    return await read_json(request, "application/json, or multipart/form-data a part per modality")
+
+
+async def read_json(request: Request, taken: str = "application/json") -> bytes:
+    """The body, which is said to be JSON and not yet parsed.
+
+    Args:
+        taken: what else might have been sent, for the refusal.
+
+    Raises:
+        Problem: 413 or 415.
+    """
+    media_type = _media_type(request)
+    if media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json")):
+        return await request.body()
+    raise Problem("unsupported_media_type", f"content type {media_type[:64]!r} is not taken: send {taken}")
+
+
+def _media_type(request: Request) -> str:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise Problem("unsupported_media_type", f"content encoding {encoding[:32]!r} is not taken: send the body as it is")
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json")):
-        return await request.body()
-    if media_type == "multipart/form-data":
-        return await _read_form(request, limit)
-    raise Problem(
-        "unsupported_media_type",
-        f"content type {media_type[:64]!r} is not taken: send application/json, or multipart/form-data a part per modality",
-    )
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _read_form(request: Request, limit: int) -> Form:
     sample: dict[str, str | bytes] = {}
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").lower()
+    if charset not in (b"utf-8", b"utf8"):  # Python knows charsets that yield no valid text, or take their time
+        raise Problem("unsupported_media_type", "a form's text is read as UTF-8: leave the charset out")
     try:
         parser = MultiPartParser(
             request.headers, request.stream(), max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=limit
@@ -116,15 +131,22 @@ async def _read_form(request: Request, limit: int) -> Form:
             raise Problem("bad_multipart", f"part {name[:64]!r} comes twice: one sample has one value for each modality")
         sample[name] = part if isinstance(part, str) else await part.read()
     await form.close()
-    return Form(sample, sample.pop(OPTIONS_PART, None))
+    options = sample.pop(OPTIONS_PART, None)
+    return Form(sample, options.encode() if isinstance(options, str) else options)
 
 
-def parse_object(content: str | bytes, what: str) -> dict[str, Any]:
+def parse_object(content: bytes, what: str, most_values: int) -> dict[str, Any]:
     """A JSON object (RFC 8259: no NaN, no Infinity; of a name given twice the last counts).
 
+    Args:
+        most_values: values it may hold, about. Counted before it is parsed: a body of millions of them would hold up every
+            other thread for seconds.
+
     Raises:
-        Problem: 400 not JSON, 422 not an object.
+        Problem: 400 not JSON, 413 too many values, 422 not an object.
     """
+    if content.count(b",") > most_values:
+        raise Problem("too_large", f"{what} holds more than {most_values} values, which is more than any request needs")
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:

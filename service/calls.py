@@ -1,13 +1,13 @@
 """A call: the body of a request turned into options and rows. Runs in a worker thread; whatever is wrong is found here."""
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from model import codec
 from model.modality import ImageModality, Modality, TextModality
@@ -18,8 +18,13 @@ from service.schemas import CallOptions
 MAX_ID_CHARACTERS = 128
 _SHOWN_FAULTS = 8
 _MOST_FIELDS = 64
+_SPARE_VALUES = 10_000
+
+Charge = Callable[[int], None]
+"""Told the number of items before they are decoded; raises Problem where the caller may not have so many."""
 
 O = TypeVar("O", bound=CallOptions)  # noqa: E741
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,20 @@ class Reader:
     max_items: int
     max_refine_steps: int
 
-    def read(self, body: bytes | Form, query: Sequence[tuple[str, str]], options: type[O]) -> Call[O]:
+    @property
+    def most_values(self) -> int:
+        """A body with more commas than this cannot be right: numbers, attributes and the characters of texts and ids."""
+        of_item = _MOST_FIELDS + MAX_ID_CHARACTERS
+        for modality in self.modalities:
+            if isinstance(modality, TextModality):
+                of_item += self.limits.text_characters
+            elif not isinstance(modality, ImageModality):
+                of_item += modality.shape[0]
+        return _SPARE_VALUES + self.max_items * of_item
+
+    def read(
+        self, body: bytes | Form, query: Sequence[tuple[str, str]], options: type[O], charge: Charge = lambda _: None
+    ) -> Call[O]:
         """Parse, validate, decode.
 
         Args:
@@ -70,23 +88,36 @@ class Reader:
                 place in ``Call.items``.
         """
         if isinstance(body, Form):
-            fields = parse_object(body.options, f"part {OPTIONS_PART!r}") if body.options is not None else {}
+            fields = parse_object(body.options or b"{}", f"part {OPTIONS_PART!r}", _SPARE_VALUES)
             values: object = [self._from_form(body.sample)]
             if "inputs" in fields:
                 raise Problem.of([Fault("/inputs", "invalid_value", "a form's parts are its one input: leave inputs out")])
         else:
-            fields = parse_object(body, "the body")
+            fields = parse_object(body, "the body", self.most_values)
             values = fields.pop("inputs", None)
-        if not isinstance(values, list) or not 1 <= len(values) <= self.max_items:
-            received = f"{len(values)} of them" if isinstance(values, list) else reprlib.repr(values)
-            raise Problem.of(
-                [Fault("/inputs", "invalid_value", f"a list of 1 to {self.max_items} items is expected, received {received}")]
-            )
+        listed = self.listed(values, "/inputs")
         parsed = _options(options, query, fields)
         if parsed.refine.steps > self.max_refine_steps:
             detail = f"{parsed.refine.steps} steps; at most {self.max_refine_steps} are allowed"
             raise Problem.of([Fault("/refine/steps", "out_of_range", detail)])
-        return Call(parsed, [self._item(index, value) for index, value in enumerate(values)])
+        charge(len(listed))
+        return Call(parsed, self.items(listed, "/inputs"))
+
+    def listed(self, values: object, here: str) -> list[object]:
+        """``values``, if they are a list of allowed length.
+
+        Raises:
+            Problem: they are not; ``here`` is their place in the body, a JSON pointer.
+        """
+        if isinstance(values, list) and 1 <= len(values) <= self.max_items:
+            return values
+        received = f"{len(values)} of them" if isinstance(values, list) else reprlib.repr(values)
+        detail = f"a list of 1 to {self.max_items} items is expected, received {received}"
+        raise Problem.of([Fault(here, "invalid_value", detail)])
+
+    def items(self, values: Sequence[object], here: str) -> list[Item | Rejected]:
+        """Each decoded, or rejected with what is wrong with it."""
+        return [self._item(index, value, f"{here}/{index}") for index, value in enumerate(values)]
 
     def _from_form(self, sample: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
         """A part that is no file holds what JSON would hold: base64 for a picture, else what the file would hold."""
@@ -95,8 +126,7 @@ class Reader:
             name: value.encode() if isinstance(value, str) and name not in written else value for name, value in sample.items()
         }
 
-    def _item(self, index: int, value: object) -> Item | Rejected:
-        here = f"/inputs/{index}"
+    def _item(self, index: int, value: object, here: str) -> Item | Rejected:
         if not isinstance(value, dict):
             detail = f"an item is an object with a value for each modality, received {reprlib.repr(value)}"
             return Rejected(index, None, Problem.of([Fault(here, "invalid_value", detail)]))
@@ -133,17 +163,28 @@ class Reader:
 
 
 def _options(model: type[O], query: Sequence[tuple[str, str]], fields: dict[str, Any]) -> O:
+    if query:
+        asked = options_of(model, _nested(query, model), strict=False).model_dump(exclude_unset=True)
+        for name, value in fields.items():
+            both = isinstance(value, dict) and isinstance(asked.get(name), dict)
+            asked[name] = {**asked[name], **value} if both else value
+        fields = asked
+    return options_of(model, fields)
+
+
+def options_of(model: type[M], fields: Mapping[str, Any], strict: bool = True) -> M:
+    """The options that a body names.
+
+    Args:
+        strict: False takes strings for numbers: everything in a query is a string.
+
+    Raises:
+        Problem: 422, they are not the model's.
+    """
     if len(fields) > _MOST_FIELDS:
-        raise Problem("invalid_value", f"the body names {len(fields)} options: there are {', '.join(model.model_fields)}")
+        raise Problem("invalid_value", f"{len(fields)} options are named: there are {', '.join(model.model_fields)}")
     try:
-        if query:
-            loose = model.model_validate(_nested(query, model), strict=False)  # everything in a query is a string
-            asked = loose.model_dump(exclude_unset=True)
-            for name, value in fields.items():
-                both = isinstance(value, dict) and isinstance(asked.get(name), dict)
-                asked[name] = {**asked[name], **value} if both else value
-            fields = asked
-        return model.model_validate(fields)
+        return model.model_validate(fields, strict=strict)
     except ValidationError as error:
         faults = [
             Fault(

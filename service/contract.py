@@ -9,20 +9,28 @@ from fastapi.openapi.utils import get_openapi
 from model.codec import MEDIA_TYPES
 from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
 from service.calls import MAX_ID_CHARACTERS
-from service.errors import CODES, MEDIA_TYPE, Fault, Problem, ProblemSchema
+from service.errors import CODES, MEDIA_TYPE, OPENAI_PREFIX, Fault, OpenAIErrorSchema, Problem, ProblemSchema
+from service.probes import OPEN
 from service.routes import TIMEOUT_HEADER
-from service.schemas import CallOptions, EmbedOptions, GenerateOptions
+from service.schemas import CallOptions, EmbeddingsOptions, EmbedOptions, GenerateOptions
 
 _CALLS: dict[str, type[CallOptions]] = {"/embed": EmbedOptions, "/cross-generate": GenerateOptions}
-_CALL_STATUSES = (400, 404, 405, 413, 415, 422, 500, 503, 504)
+_EMBEDDINGS = "/v1/embeddings"
+_STATUSES: tuple[int, ...] = (405, 413, 500)
+_GUARDED_STATUSES: tuple[int, ...] = (*_STATUSES, 400, 401, 403)
+_CALL_STATUSES: tuple[int, ...] = (*_GUARDED_STATUSES, 404, 415, 422, 429, 503, 504)
 _SMALLEST_PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="  # one black pixel
 )
 _REF = "#/components/schemas/{model}"
 
 
-def document(app: FastAPI, modalities: tuple[Modality, ...], max_items: int) -> dict[str, Any]:
-    """The document of an app that serves a bundle of these modalities."""
+def document(app: FastAPI, modalities: tuple[Modality, ...], max_items: int, keys: bool = False) -> dict[str, Any]:
+    """The document of an app that serves a bundle of these modalities.
+
+    Args:
+        keys: an API key is asked for.
+    """
     described = get_openapi(
         title="Concord",
         version=version("concord"),
@@ -32,19 +40,30 @@ def document(app: FastAPI, modalities: tuple[Modality, ...], max_items: int) -> 
     schemas: dict[str, Any] = described["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which this service never answers with
         schemas.pop(name, None)
-    problem = ProblemSchema.model_json_schema(ref_template=_REF)
-    schemas.update(problem.pop("$defs"))
-    schemas["ProblemSchema"] = problem
+    for error in (ProblemSchema, OpenAIErrorSchema):
+        schema = error.model_json_schema(ref_template=_REF)
+        schemas.update(schema.pop("$defs"))
+        schemas[error.__name__] = schema
     schemas["Input"] = _input(modalities)
+    described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "An API key."}}
     for path, operations in described["paths"].items():
         for operation in operations.values():
-            calls = path in _CALLS
-            statuses = _CALL_STATUSES if calls else (404, 405, 500) if "{" in path else (405, 500)
+            statuses = _STATUSES if path in OPEN else _GUARDED_STATUSES
+            if path in _CALLS or path == _EMBEDDINGS:
+                statuses = _CALL_STATUSES
+            elif "{" in path:
+                statuses = (*_GUARDED_STATUSES, 404)
             operation["responses"].pop("422", None)
-            for status in statuses:
-                operation["responses"].setdefault(str(status), _problem(status))
-            if calls:
+            for status in sorted(statuses):
+                operation["responses"].setdefault(str(status), _problem(status, path))
+            if path not in OPEN:
+                operation["security"] = [{"key": []}] if keys else [{}, {"key": []}]
+            if path in _CALLS:
                 _describe_call(operation, schemas, modalities, _CALLS[path], max_items)
+            elif path == _EMBEDDINGS:
+                _describe_embeddings(operation, schemas, modalities, max_items)
+            if statuses is _CALL_STATUSES:
+                _describe_headers(operation)
     return described
 
 
@@ -93,7 +112,41 @@ def _describe_call(
             "schema": schema,
         }
         for option, schema in _query_options(body["properties"], schemas)
-    ] + [
+    ]
+
+
+def _describe_embeddings(
+    operation: dict[str, Any], schemas: dict[str, Any], modalities: tuple[Modality, ...], max_items: int
+) -> None:
+    body = EmbeddingsOptions.model_json_schema(ref_template=_REF)
+    several = {"minItems": 1, "maxItems": max_items}
+    item: dict[str, Any] = {"$ref": "#/components/schemas/Input"}
+    texts = [m for m in modalities if isinstance(m, TextModality)]
+    forms = [{"type": "array", "items": item, **several}]
+    if len(texts) == 1:
+        text = _wire(texts[0])[0]
+        forms = [text, {"type": "array", "items": {"anyOf": [text, item]}, **several}]
+    schemas["EmbeddingsRequest"] = {
+        **body,
+        "title": "EmbeddingsRequest",
+        "properties": {"input": {"anyOf": forms}, **body["properties"]},
+        "required": ["input"],
+    }
+    example = {"input": [_example(texts[0])] if len(texts) == 1 else [{modalities[-1].name: _example(modalities[-1])}]}
+    operation["requestBody"] = {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": "#/components/schemas/EmbeddingsRequest"},
+                "examples": {"one": {"summary": "One modality", "value": example}},
+            }
+        },
+    }
+
+
+def _describe_headers(operation: dict[str, Any]) -> None:
+    operation["parameters"] = [
+        *operation.get("parameters", ()),
         {
             "name": "X-Request-Timeout-Ms",
             "in": "header",
@@ -115,7 +168,11 @@ def _describe_call(
         "X-Model-Version": text,
         "Server-Timing": {"description": "Milliseconds of queue, decode, encode, refine, generate.", **text},
     }
-    operation["responses"]["503"]["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
+    for status in ("429", "503"):
+        unit = {"Retry-After": "Seconds.", "Retry-After-Ms": "Milliseconds."}
+        operation["responses"][status]["headers"] = {
+            name: {"description": told, "schema": {"type": "integer"}} for name, told in unit.items()
+        }
     assert TIMEOUT_HEADER == "x-request-timeout-ms"
 
 
@@ -131,17 +188,17 @@ def _query_options(properties: dict[str, Any], schemas: dict[str, Any]) -> list[
     return flat
 
 
-def _problem(status: int) -> dict[str, Any]:
+def _problem(status: int, path: str) -> dict[str, Any]:
     codes = [code for code, (its, _) in CODES.items() if its == status]
-    retry = 120 if status == 503 else None
+    retry = 120 if status in (429, 503) else None
     faults = (Fault("/inputs/0", codes[-1], "what was received and what is allowed"),) if status == 422 else ()
     example = Problem(codes[-1], "what was received and what is allowed", faults=faults, retry_after_ms=retry)
-    return {
-        "description": f"{CODES[codes[-1]][1]}. Codes: {', '.join(codes)}.",
-        "content": {
-            MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemSchema"}, "example": example.body("01JABCDEF")}
-        },
-    }
+    told = f"{CODES[codes[-1]][1]}. Codes: {', '.join(codes)}."
+    if path.startswith(OPENAI_PREFIX):
+        content = {"schema": {"$ref": "#/components/schemas/OpenAIErrorSchema"}, "example": example.envelope()}
+        return {"description": told, "content": {"application/json": content}}
+    content = {"schema": {"$ref": "#/components/schemas/ProblemSchema"}, "example": example.body("01JABCDEF")}
+    return {"description": told, "content": {MEDIA_TYPE: content}}
 
 
 def _input(modalities: tuple[Modality, ...]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a caller is told when a request fails: RFC 9457 problem objects, for every status and route."""
+"""What a caller is told when a request fails: RFC 9457 problem objects, and OpenAI's envelope below ``/v1``."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +7,7 @@ import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -16,6 +17,8 @@ CODES: dict[str, tuple[int, str]] = {
     "bad_base64": (400, "Bad base64"),
     "bad_image": (400, "Undecodable image"),
     "bad_request": (400, "Bad request"),
+    "missing_key": (401, "No API key"),
+    "wrong_key": (403, "Wrong API key"),
     "not_found": (404, "No such route"),
     "unknown_model": (404, "No such model"),
     "method_not_allowed": (405, "Method not allowed"),
@@ -30,6 +33,7 @@ CODES: dict[str, tuple[int, str]] = {
     "bad_vector": (422, "Bad vector"),
     "bad_attributes": (422, "Bad attributes"),
     "wrong_type": (422, "Wrong type"),
+    "quota_exceeded": (429, "Quota exceeded"),
     "client_gone": (499, "Client closed the connection"),
     "internal": (500, "Internal error"),
     "queue_full": (503, "Server overloaded"),
@@ -39,6 +43,10 @@ CODES: dict[str, tuple[int, str]] = {
 }
 """Status and title of each code: the whole vocabulary of failure, which also bounds the metric that counts rejections."""
 
+OPENAI_PREFIX = "/v1/"
+"""Where OpenAI's clients ask, and are told of errors in their own shape."""
+
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
 
@@ -77,6 +85,7 @@ class Problem(Exception):  # noqa: N818 - the word of RFC 9457
         self.headers = dict(headers or {})
         if retry_after_ms is not None:
             self.headers["Retry-After"] = str(-(-retry_after_ms // 1000))
+            self.headers["Retry-After-Ms"] = str(retry_after_ms)  # the finer one, which OpenAI's clients look for first
 
     @classmethod
     def of(cls, faults: list[Fault]) -> "Problem":
@@ -102,22 +111,35 @@ class Problem(Exception):  # noqa: N818 - the word of RFC 9457
             fields["errors"] = [{"pointer": f.pointer, "code": f.code, "detail": f.detail} for f in self.faults]
         return fields
 
-    def answer(self, request_id: str) -> Response:
-        """The whole HTTP answer."""
-        return Response(
-            orjson.dumps(self.body(request_id)), status_code=self.status, media_type=MEDIA_TYPE, headers=self.headers
-        )
+    def envelope(self) -> dict[str, Any]:
+        """The same in OpenAI's shape. ``param`` is the place of the first fault, written ``input[0].photo``."""
+        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        place = self.faults[0].pointer if self.faults else ""
+        param = "".join(f"[{t}]" if t.isdigit() else f".{t}" for t in place.split("/")[1:]).removeprefix(".")
+        return {"error": {"message": self.detail, "type": kind, "param": param or None, "code": self.code}}
+
+    def answer(self, request_id: str, path: str = "/") -> Response:
+        """The whole HTTP answer, in the shape that is spoken at this path."""
+        openai = path.startswith(OPENAI_PREFIX)
+        content = self.envelope() if openai else self.body(request_id)
+        media_type = "application/json" if openai else MEDIA_TYPE
+        return Response(orjson.dumps(content), status_code=self.status, media_type=media_type, headers=self.headers)
 
 
 def too_large_body(limit: int) -> Problem:
     return Problem("too_large", f"the body is larger than {limit} bytes: send fewer items in each request, or smaller pictures")
 
 
+def respond(scope: Scope, problem: Problem) -> Response:
+    """The answer to this request. Telemetry reads the code from its state."""
+    scope["state"]["code"] = problem.code
+    return problem.answer(scope["state"]["request_id"], scope["path"])
+
+
 async def answer_problem(request: Request, problem: Exception) -> Response:
-    """Exception handler of ``Problem``. Telemetry reads the code from the request's state."""
+    """Exception handler of ``Problem``."""
     assert isinstance(problem, Problem)
-    request.state.code = problem.code
-    return problem.answer(request.state.request_id)
+    return respond(request.scope, problem)
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:
@@ -128,7 +150,7 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
         "not_found": f"no route {request.url.path[:200]}: see /openapi.json",
         "method_not_allowed": f"{request.method} is not taken here: see the Allow header",
     }.get(code, error.detail)
-    return await answer_problem(request, Problem(code, detail, headers=dict(error.headers or {})))
+    return respond(request.scope, Problem(code, detail, headers=dict(error.headers or {})))
 
 
 class FaultSchema(BaseModel):
@@ -148,3 +170,16 @@ class ProblemSchema(BaseModel):
     instance: str = Field(description="The request id, as in X-Request-Id.")
     retry_after_ms: int | None = Field(None, description="When it is worth trying again.")
     errors: list[FaultSchema] | None = Field(None, description="Every fault found in the body.")
+
+
+class OpenAIFault(BaseModel):
+    message: str
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None = Field(examples=["input[0].photo"])
+    code: str = Field(description="For programs: the same as elsewhere in this service.", json_schema_extra={"enum": [*CODES]})
+
+
+class OpenAIErrorSchema(BaseModel):
+    """Why there is no result, as OpenAI's clients have it."""
+
+    error: OpenAIFault

@@ -10,6 +10,10 @@ from service.schemas import HealthAnswer
 from service.serving import Serving
 
 router = APIRouter(tags=["operations"])
+metrics_router = APIRouter(tags=["operations"])
+OPEN = frozenset({"/livez", "/healthz", "/v2/health/live", "/readyz", "/v2/health/ready"})
+"""Probes have no key."""
+
 _FAILING: dict[int | str, dict[str, Any]] = {503: {"model": HealthAnswer, "description": "A check fails."}}
 
 
@@ -30,7 +34,7 @@ async def ready(request: Request) -> Response:
     return _answer(serving.checks())
 
 
-@router.get(
+@metrics_router.get(
     "/metrics",
     response_class=Response,
     responses={200: {"description": "Prometheus text.", "content": {"text/plain": {"schema": {"type": "string"}}}}},

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -30,7 +30,7 @@ async def embed(request: Request) -> Response:
     """One embedding for each item, from whatever modalities it has. Also takes one sample as multipart/form-data, a part per
     modality, with the options as query parameters or in a part named options."""
     serving: Serving = request.app.state.serving
-    async with _deadline(request, serving):
+    async with deadline(request, serving):
         call, decode_seconds = await _read(request, serving, EmbedOptions)
         options = call.options
         sample = options.representation == "sample"
@@ -39,18 +39,18 @@ async def embed(request: Request) -> Response:
             for item in call.items
             if isinstance(item, Item)
         ]
-        results = await _run(request, serving, call, works)
+        results = await run(request, serving, call, works)
         started = time.perf_counter()
         content = answers.embed(serving.manifest, options, results, _rejected(call), request.state.request_id)
         serving.metrics.stage("serialize", time.perf_counter() - started)
-    return _answer(content, results, decode_seconds)
+    return answer(request, content, results, decode_seconds)
 
 
 @router.post("/cross-generate", response_model=GenerateAnswer, summary="Generate modalities from those that are there")
 async def cross_generate(request: Request) -> Response:
     """Values of the target modalities for each item. Also takes one sample as multipart/form-data, as /embed does."""
     serving: Serving = request.app.state.serving
-    async with _deadline(request, serving):
+    async with deadline(request, serving):
         call, decode_seconds = await _read(request, serving, GenerateOptions)
         options = call.options
         call, targets = _aim(serving, call)
@@ -68,21 +68,26 @@ async def cross_generate(request: Request) -> Response:
             for item in call.items
             if isinstance(item, Item)
         ]
-        results = await _run(request, serving, call, works)
+        results = await run(request, serving, call, works)
         started = time.perf_counter()
         content = await serving.in_thread(
             answers.generate, serving.manifest, options, results, _rejected(call), request.state.request_id
         )
         serving.metrics.stage("serialize", time.perf_counter() - started)
-    return _answer(content, results, decode_seconds)
+    return answer(request, content, results, decode_seconds)
 
 
 async def _read(request: Request, serving: Serving, options: type[O]) -> tuple[Call[O], float]:
-    """The call, and the seconds it took to decode. One hop to a thread for all items: a hop costs more than one."""
     serving.require_ready()
     content = await body.read(request, serving.settings.max_body_bytes)
+    query = request.query_params.multi_items()
+    return await decode(serving, lambda: serving.reader.read(content, query, options, request.state.charge))
+
+
+async def decode(serving: Serving, read: Callable[[], Call[O]]) -> tuple[Call[O], float]:
+    """The call, and the seconds it took to decode. One hop to a thread for all items: a hop costs more than one."""
     started = time.perf_counter()
-    call = await serving.in_thread(serving.reader.read, content, request.query_params.multi_items(), options)
+    call = await serving.in_thread(read)
     seconds = time.perf_counter() - started
     serving.metrics.stage("decode", seconds)
     if call.options.model is not None:
@@ -117,7 +122,7 @@ def _aim(serving: Serving, call: Call[GenerateOptions]) -> tuple[Call[GenerateOp
     return Call(call.options, items), targets
 
 
-async def _run(request: Request, serving: Serving, call: Call[O], works: list[Work]) -> list[Result]:
+async def run(request: Request, serving: Serving, call: Call[O], works: list[Work]) -> list[Result]:
     """The results of the items that were not rejected.
 
     Raises:
@@ -163,7 +168,7 @@ async def _unless_gone(request: Request, submission: Coroutine[Any, Any, list[Ou
 
 
 @contextlib.asynccontextmanager
-async def _deadline(request: Request, serving: Serving) -> AsyncIterator[None]:
+async def deadline(request: Request, serving: Serving) -> AsyncIterator[None]:
     """Ends the work when its time is up: the server's limit, or a shorter one that the caller names."""
     limit = serving.settings.request_timeout_ms
     asked = request.headers.get(TIMEOUT_HEADER)
@@ -187,9 +192,11 @@ def _rejected(call: Call[O]) -> list[Rejected]:
     return [item for item in call.items if isinstance(item, Rejected)]
 
 
-def _answer(content: bytes, results: Sequence[Result], decode_seconds: float) -> Response:
-    """Server-Timing in milliseconds: of items that ran side by side the slowest counts."""
-    spent = {stage: max((outcome.timings.get(stage, 0.0) for _, outcome in results), default=0.0) for stage in STAGES}
+def answer(request: Request, content: bytes, results: Sequence[Result], decode_seconds: float) -> Response:
+    """With Server-Timing in milliseconds: of items that ran side by side the slowest counts."""
+    request.state.spent = spent = {
+        stage: max((outcome.timings.get(stage, 0.0) for _, outcome in results), default=0.0) for stage in STAGES
+    }
     spent["decode"] = decode_seconds
     timing = ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in spent.items())
     return Response(content, media_type="application/json", headers={"Server-Timing": timing})

@@ -63,6 +63,15 @@ class GenerateOptions(CallOptions):
     return_embedding: bool = False
 
 
+class EmbeddingsOptions(_Options):
+    """OpenAI's, beside ``input``."""
+
+    model: str | None = Field(None, max_length=128, description='"name" or "name@version"; the default bundle when left out.')
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
+    dimensions: int | None = Field(None, ge=1, description="Embeddings are not cut short: the bundle's own number or nothing.")
+    user: str | None = Field(None, description="Ignored.")
+
+
 Vector = Annotated[list[float] | str, Field(description="Numbers, or base64 of little-endian float32.")]
 
 
@@ -135,6 +144,26 @@ class GenerateAnswer(BaseModel):
     model_version: str
     data: list[GenerationAnswer | FailedItem]
     usage: GenerateUsage
+
+
+class OpenAIEmbedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: Vector
+
+
+class OpenAIUsage(BaseModel):
+    prompt_tokens: int = Field(description="Characters of the texts: a token is a character.")
+    total_tokens: int
+
+
+class EmbeddingsAnswer(BaseModel):
+    """In OpenAI's shape."""
+
+    object: Literal["list"]
+    model: str
+    data: list[OpenAIEmbedding]
+    usage: OpenAIUsage
 
 
 class HealthAnswer(BaseModel):

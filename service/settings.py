@@ -1,10 +1,10 @@
 """What an operator may set: environment variables named CONCORD_<FIELD>, or the command line's options over them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model import bundle
 from model.runtime import Device
@@ -32,9 +32,23 @@ class Settings(BaseSettings):
     max_refine_steps: int = Field(64, ge=0, description="Most refinement steps of one item.")
     max_queue_items: int = Field(512, ge=1, description="Items that may wait; above it requests get 503.")
     max_batch: int = Field(32, ge=1, description="Most items in one run of a graph.")
+    api_keys_file: Path | None = Field(None, description="File of API keys, one a line: service/keys.py. None: open to all.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Names that the Host header may have, parted by commas. Empty: any."
+    )
+    metrics: bool = Field(True, description="false closes /metrics.")
+    docs: bool = Field(True, description="false closes /openapi.json.")
+    admin_port: int | None = Field(
+        None, ge=0, le=65535, description="Moves /metrics and /openapi.json to this port, where no key is asked for."
+    )
     request_timeout_ms: int = Field(20_000, ge=1, le=3_600_000, description="Longest time of a request; then it gets 504.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs every request.")
     log_format: Literal["json", "text"] = Field("json", description="text is for people at a terminal.")
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _parted_by_commas(cls, value: object) -> object:
+        return tuple(name.strip().lower() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _a_request_fits(self) -> "Settings":

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Problem
+from service.errors import Problem, respond
 from service.settings import Settings
 from service.work import Refinement
 
@@ -120,8 +120,7 @@ class Telemetry:
                 log.error("request broke", request_id=request_id, error=type(error).__name__, at=_place(error))
                 if status:
                     raise Interrupted from None
-                state["code"] = "internal"
-                answer = Problem("internal", "the server failed: report the request id").answer(request_id)
+                answer = respond(scope, Problem("internal", "the server failed: report the request id"))
                 await answer(scope, receive, observed)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
@@ -138,6 +137,7 @@ class Telemetry:
             route=route,
             status=status,
             code=code,
+            key=scope["state"].get("key"),
             ms=round(1000 * seconds, 2),
         )
 

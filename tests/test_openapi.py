@@ -23,25 +23,36 @@ def test_the_committed_document_is_the_generated_one() -> None:
 
 
 def test_every_route_of_the_contract_is_there() -> None:
-    promised = {"/embed", "/cross-generate", "/v1/models", "/v1/models/{model}", "/livez", "/readyz", "/healthz", "/metrics"}
+    promised = {"/embed", "/cross-generate", "/v1/embeddings", "/v1/models", "/v1/models/{model}", "/livez", "/readyz", "/healthz", "/metrics"}
     assert promised | {"/v2/health/live", "/v2/health/ready"} <= set(DOCUMENT["paths"])
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
 def test_every_error_is_a_problem_with_an_example(path: str, method: str) -> None:
     responses = DOCUMENT["paths"][path][method]["responses"]
-    schema = {"$ref": "#/components/schemas/ProblemSchema", "components": DOCUMENT["components"]}
+    openai = path.startswith("/v1/")
+    shape = "OpenAIErrorSchema" if openai else "ProblemSchema"
+    schema = {"$ref": f"#/components/schemas/{shape}", "components": DOCUMENT["components"]}
     assert {"405", "500"} <= set(responses)
     for status, response in responses.items():
-        for media_type, content in response.get("content", {}).items():
-            if media_type == "application/problem+json":
+        for content in response.get("content", {}).values() if status >= "400" else ():
+            if content["schema"] != {"$ref": "#/components/schemas/HealthAnswer"}:
                 jsonschema.Draft202012Validator(schema).validate(content["example"])
-                assert content["example"]["status"] == int(status)
-                assert CODES[content["example"]["code"]][0] == int(status)
+                told = content["example"]["error"] if openai else content["example"]
+                assert told.get("status", int(status)) == int(status)
+                assert CODES[told["code"]][0] == int(status)
 
 
-@pytest.mark.parametrize("path", ["/embed", "/cross-generate"])
+@pytest.mark.parametrize("path", ["/embed", "/cross-generate", "/v1/embeddings"])
 def test_calls_tell_every_status_they_may_answer_with(path: str) -> None:
     operation = DOCUMENT["paths"][path]["post"]
-    assert set(operation["responses"]) == {"200", "400", "404", "405", "413", "415", "422", "500", "503", "504"}
-    assert set(operation["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
+    failures = {"400", "401", "403", "404", "405", "413", "415", "422", "429", "500", "503", "504"}
+    assert set(operation["responses"]) == {"200", *failures}
+    forms = {"application/json"} | ({"multipart/form-data"} if path != "/v1/embeddings" else set())
+    assert set(operation["requestBody"]["content"]) == forms
+
+
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_probes_alone_are_open_where_there_are_keys(path: str, method: str) -> None:
+    probe = path.endswith("z") or path.startswith("/v2/health/")
+    assert ("security" in DOCUMENT["paths"][path][method]) is not probe

@@ -64,7 +64,8 @@ def client(serve: Callable[..., contextlib.AbstractContextManager[httpx.Client]]
 
 
 def hold_against(document: dict[str, Any], response: httpx.Response) -> None:
-    """Fail unless the document promises this status, media type and body for the route; other routes answer with problems."""
+    """Fail unless the document promises this status, media type and body for the route; other routes answer with problems,
+    and below /v1 with OpenAI's envelope."""
     response.read()
     media_type = response.headers["content-type"].partition(";")[0]
     path = response.request.url.path
@@ -74,8 +75,9 @@ def hold_against(document: dict[str, Any], response: httpx.Response) -> None:
         return
     if operation is None:
         assert response.status_code in {404, 405, 413}
-        schema = {"$ref": "#/components/schemas/ProblemSchema"}
-        assert media_type == "application/problem+json"
+        openai = path.startswith("/v1/")
+        schema = {"$ref": f"#/components/schemas/{'OpenAIErrorSchema' if openai else 'ProblemSchema'}"}
+        assert media_type == ("application/json" if openai else "application/problem+json")
     else:
         schema = operation["responses"][str(response.status_code)]["content"][media_type]["schema"]
     if media_type.endswith("json"):

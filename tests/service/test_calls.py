@@ -178,8 +178,10 @@ def test_every_fault_of_every_item_is_told(client: httpx.Client) -> None:
         (b"[]", 422, "invalid_value"),
         (b'{"inputs": [{"word": "one"}], "seed": ' + b"9" * 300 + b"}", 422, "invalid_value"),
         (b'{"inputs": [{"word": "a\\u0000"}]}', 422, "bad_text"),
-        (b'{"inputs": [{"word": "one"}], ' + b",".join(b'"k%d": 1' % n for n in range(500_000)) + b"}", 422, "invalid_value"),
-        (b'{"inputs": [{' + b",".join(b'"k%d": 1' % n for n in range(500_000)) + b"}]}", 422, "unknown_modality"),
+        (b'{"inputs": [{"word": "one"}], ' + b",".join(b'"k%d": 1' % n for n in range(10**6)) + b"}", 413, "too_large"),
+        (b'{"inputs": [{"word": "one"}], ' + b",".join(b'"k%d": 1' % n for n in range(10_000)) + b"}", 422, "invalid_value"),
+        (b'{"inputs": [{' + b",".join(b'"k%d": 1' % n for n in range(10_000)) + b"}]}", 422, "unknown_modality"),
+        (b'{"inputs": [' + b"[]," * 5_000_000 + b"[]]}", 413, "too_large"),
     ],
 )
 def test_hostile_json(client: httpx.Client, content: bytes, status: int, code: str) -> None:

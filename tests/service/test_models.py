@@ -29,4 +29,4 @@ def test_one_model_by_name_or_version(client: httpx.Client) -> None:
 
 def test_no_such_model(client: httpx.Client) -> None:
     response = client.get("/v1/models/letters")
-    assert (response.status_code, response.json()["code"]) == (404, "unknown_model")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_model")
