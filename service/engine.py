@@ -1,4 +1,4 @@
-"""The inference thread: a bounded queue before it, futures behind it, a heartbeat inside."""
+"""The inference thread: a bounded queue before it, futures behind it, a heartbeat inside, and a circuit around it."""
 
 import asyncio
 import contextlib
@@ -11,34 +11,17 @@ from time import monotonic
 import structlog
 
 from model.runtime import Runtime
+from service.exercise import exercise
 from service.scheduler import Observer, Row, Scheduler, Silent
-from service.work import Outcome, Refine, Refinement, Work
+from service.work import EngineFailed, Outcome, QueueFull, Refine, Refinement, Retired, Work
 
-__all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine", "Refinement", "Work"]
+__all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine", "Refinement", "Retired", "Work"]
 
 BEAT_SECONDS = 0.5
 """The idle thread beats this often."""
 MIN_RETRY_MS = 50
 
 log = structlog.get_logger("concord")
-
-
-class QueueFull(Exception):  # noqa: N818 - a state, not a mistake
-    """The request does not fit. None of its items was taken.
-
-    Attributes:
-        waiting: items held.
-        retry_after_ms: milliseconds until they are likely to be done, at the present pace.
-    """
-
-    def __init__(self, waiting: int, retry_after_ms: int) -> None:
-        super().__init__(f"the queue holds {waiting} items")
-        self.waiting = waiting
-        self.retry_after_ms = retry_after_ms
-
-
-class EngineFailed(Exception):  # noqa: N818
-    """A graph raised, or the thread that runs them is gone. The cause is chained."""
 
 
 class _Request:
@@ -74,19 +57,32 @@ class Engine:
         runtime: the graphs.
         max_queue_items: items held, waiting or under way, at most. A request is taken whole or refused.
         max_batch: rows in one run of a graph.
+        max_failures: batches of which no row succeeds, in a row, before requests are refused.
+        probe_seconds: between two looks whether the graphs work again.
         observer: hears of batches, stages, waits and refinements, in the inference thread.
     """
 
     def __init__(
-        self, runtime: Runtime, *, max_queue_items: int = 512, max_batch: int = 64, observer: Observer | None = None
+        self,
+        runtime: Runtime,
+        *,
+        max_queue_items: int = 512,
+        max_batch: int = 64,
+        max_failures: int = 5,
+        probe_seconds: float = 2.0,
+        observer: Observer | None = None,
     ) -> None:
+        self._runtime = runtime
         self._scheduler = Scheduler(runtime, max_batch=max_batch, observer=observer or Silent())
         self._max_queue_items = max_queue_items
-        self._max_batch = max_batch
+        self._max_failures = max_failures
+        self._probe_seconds = probe_seconds
+        self._failures = 0
         self._waiting: deque[Row] = deque()
         self._owners: dict[Row, _Request] = {}  # every row held; guarded by the condition, like the queue
         self._changed = threading.Condition()
         self._refusal: EngineFailed | None = EngineFailed("the engine is not started")
+        self._closing = False
         self._seconds_per_item = 0.0
         self._beat = monotonic()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -101,24 +97,47 @@ class Engine:
         """Seconds since the inference thread last showed life. It beats between runs, and idle every ``BEAT_SECONDS``."""
         return monotonic() - self._beat
 
+    @property
+    def trouble(self) -> str | None:
+        """Why no request is taken; None while they are."""
+        refusal = self._refusal
+        return None if refusal is None else str(refusal)
+
+    @property
+    def running(self) -> bool:
+        """The inference thread exists."""
+        return self._thread.is_alive()
+
+    @property
+    def max_batch(self) -> int:
+        """Rows in one run, now."""
+        return self._scheduler.max_batch
+
     def start(self) -> None:
         """Start the thread. Once in an engine's life."""
         self._refusal = None
         self._beat = monotonic()
         self._thread.start()
 
-    def stop(self, grace: float | None = None) -> None:
+    def stop(self, grace: float | None = None, refusal: EngineFailed | None = None) -> None:
         """Take no more, finish what is held, and end the thread. Blocks: call it off the event loop while requests run.
 
         Args:
             grace: seconds after which what is still held fails. None: as long as it takes.
+            refusal: what requests get from now on.
         """
         with self._changed:
-            self._refusal = EngineFailed("the engine has stopped")
+            self._refusal = refusal or EngineFailed("the engine has stopped")
+            self._closing = True
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join(grace)
         self._fail_all(self._refusal)
+
+    def check(self, items: int = 1) -> None:
+        """Raises as ``submit`` would if so many items came now: a request that cannot be taken need not be decoded first."""
+        with self._changed:
+            self._check(items)
 
     async def submit(self, works: Sequence[Work]) -> list[Outcome]:
         """Outcomes of one request, in its order. Cancelling the caller retires its rows.
@@ -126,16 +145,13 @@ class Engine:
         Raises:
             QueueFull: not all of the items fit now; none was taken.
             EngineFailed: a graph raised on one of these rows, or the engine does not run.
+            Retired: the engine was stopped for another one before it took this request.
         """
         if not works:
             return []
         request = _Request(works)
         with self._changed:
-            if self._refusal is not None:
-                raise EngineFailed(*self._refusal.args) from self._refusal.__cause__
-            held = len(self._owners)
-            if held + len(works) > self._max_queue_items:
-                raise QueueFull(held, retry_after_ms=max(MIN_RETRY_MS, int(1000 * held * self._seconds_per_item)))
+            self._check(len(works))
             self._owners.update(dict.fromkeys(request.rows, request))
             self._waiting.extend(request.rows)
             self._changed.notify()
@@ -145,6 +161,13 @@ class Engine:
             with self._changed:
                 self._release(request)
             raise
+
+    def _check(self, items: int) -> None:
+        if self._refusal is not None:
+            raise type(self._refusal)(*self._refusal.args) from self._refusal.__cause__
+        held = len(self._owners)
+        if held + items > self._max_queue_items:
+            raise QueueFull(held, retry_after_ms=max(MIN_RETRY_MS, int(1000 * held * self._seconds_per_item)))
 
     def _run(self) -> None:
         try:
@@ -156,6 +179,8 @@ class Engine:
                 if done:
                     self._seconds_per_item += 0.1 * (busy / done - self._seconds_per_item)
                     busy = 0.0
+                if self._failures >= self._max_failures:
+                    self._prove()
         except BaseException as error:  # SystemExit too: nobody may wait for a thread that is gone
             log.critical("the inference thread died", exception=_trace(error))
             failure = EngineFailed("the inference thread died")
@@ -169,13 +194,46 @@ class Engine:
         with self._changed:
             self._beat = monotonic()
             if not self._waiting and not self._scheduler.active:
-                if self._refusal is not None:
+                if self._closing:
                     return None
                 self._changed.wait(BEAT_SECONDS)
-            return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
+            return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._scheduler.max_batch))]
+
+    def _prove(self) -> None:
+        """Do the graphs fail, or only on what was sent? Refuses requests until rows that nobody sent come through."""
+        while (error := self._trial()) is not None and not self._closing:
+            failure = EngineFailed(f"the model failed {self._failures} times in a row")
+            failure.__cause__ = error
+            with self._changed:
+                if self._refusal is None:
+                    log.critical("circuit open", failures=self._failures, exception=_trace(error))
+                    self._refusal = failure
+            self._fail_all(failure)
+            with self._changed:
+                until = monotonic() + self._probe_seconds
+                while not self._closing and (left := until - monotonic()) > 0:
+                    self._beat = monotonic()
+                    self._changed.wait(min(left, BEAT_SECONDS))
+        self._failures = 0
+        with self._changed:
+            if self._refusal is not None and not self._closing:
+                log.warning("circuit closed")
+                self._refusal = None
+
+    def _trial(self) -> Exception | None:
+        self._beat = monotonic()
+        try:
+            exercise(self._runtime, 1)
+        except Exception as error:  # whatever the graphs raise
+            return error
+        return None
 
     def _settle(self, rows: Sequence[Row]) -> int:
         """Answer the requests that these rows complete or fail. Returns the number of rows."""
+        if any(isinstance(row.outcome, Outcome) for row in rows):
+            self._failures = 0
+        elif any(isinstance(row.outcome, Exception) for row in rows):
+            self._failures += 1
         for row in rows:
             with self._changed:
                 request = self._owners.pop(row, None)

@@ -13,6 +13,8 @@ from model.runtime import Posterior, Runtime
 from service.refinement import Ascent, Stream, antithetic, noise
 from service.work import Outcome, Refinement, Work
 
+RECOVERY_SECONDS = 60.0
+
 
 @runtime_checkable
 class Observer(Protocol):
@@ -66,12 +68,13 @@ class Scheduler:
     active together, so that a long refinement never holds back a short one. No answer depends on a row's neighbours.
 
     Args:
-        max_batch: rows in one run of a graph.
+        max_batch: rows in one run of a graph, where memory allows.
     """
 
     def __init__(self, runtime: Runtime, *, max_batch: int, observer: Observer) -> None:
         self._runtime = runtime
-        self._max_batch = max_batch
+        self._asked = self._allowed = max_batch
+        self._raise_at = 0.0
         self._observer = observer
         self._active: deque[Row] = deque()
 
@@ -79,6 +82,14 @@ class Scheduler:
     def active(self) -> int:
         """Rows under refinement."""
         return len(self._active)
+
+    @property
+    def max_batch(self) -> int:
+        """Rows in one run. Half of what the memory did not hold, then twice as many every ``RECOVERY_SECONDS``."""
+        if self._allowed < self._asked and monotonic() >= self._raise_at:
+            self._allowed = min(self._asked, 2 * self._allowed)
+            self._raise_at = monotonic() + RECOVERY_SECONDS
+        return self._allowed
 
     def admit(self, rows: Sequence[Row]) -> list[Row]:
         """Encode rows together, at most ``max_batch``.
@@ -109,7 +120,8 @@ class Scheduler:
             the rows that are finished, failed or not.
         """
         turn: list[Row] = []
-        while self._active and len(turn) < self._max_batch:
+        limit = self.max_batch
+        while self._active and len(turn) < limit:
             row = self._active.popleft()
             if not row.abandoned:
                 turn.append(row)
@@ -137,6 +149,8 @@ class Scheduler:
         try:
             run(rows)
         except Exception as error:  # whatever the graphs raise
+            if _out_of_memory(error) and stage != "generate":  # whose rows are of another number
+                self._lower(len(rows))
             if len(rows) == 1:
                 rows[0].outcome = error
                 return [], rows
@@ -209,13 +223,32 @@ class Scheduler:
             if not chosen:
                 continue
             z = np.concatenate([zs[index] for index in chosen])
-            chunks = [z[start : start + self._max_batch] for start in range(0, len(z), self._max_batch)]
-            values = np.concatenate([self._runtime.decode(modality.name, chunk) for chunk in chunks])
+            values = self._decode(modality.name, z)
             if np.isnan(values).any():
                 raise FloatingPointError(f"the decoder of {modality.name} answered with numbers that are not finite")
             ends = np.cumsum([len(zs[index]) for index in chosen])
             for index, own in zip(chosen, np.split(values, ends[:-1]), strict=True):
                 rows[index].generated[modality.name] = own
+
+    def _decode(self, modality: str, z: np.ndarray) -> np.ndarray:
+        """In parts, for a row may ask for more samples than fit."""
+        parts, start = [], 0
+        while start < len(z):
+            part = z[start : start + self.max_batch]
+            try:
+                parts.append(self._runtime.decode(modality, part))
+            except Exception as error:
+                if len(part) == 1 or not _out_of_memory(error):
+                    raise
+                self._lower(len(part))
+            else:
+                start += len(part)
+        return np.concatenate(parts)
+
+    def _lower(self, rows: int) -> None:
+        """So many rows were too many for the memory."""
+        self._allowed = max(1, min(self._allowed, rows // 2))
+        self._raise_at = monotonic() + RECOVERY_SECONDS
 
     def _latents(self, row: Row) -> np.ndarray:
         work = row.work
@@ -228,3 +261,8 @@ class Scheduler:
         eps = noise(row.work.seed, row.work.index, stream, count, self._runtime.latent)
         z: np.ndarray = row.mean + np.float32(temperature) * np.exp(row.log_var / 2) * eps
         return z
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """ONNX Runtime has no class for it, only words: its own allocator's, and CUDA's."""
+    return isinstance(error, MemoryError) or "Failed to allocate" in str(error) or "out of memory" in str(error)

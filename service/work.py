@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it, one row each."""
+"""What goes into the engine and what comes out of it, one row each; or why nothing does."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,3 +70,25 @@ class Outcome:
     """None when no step was asked for."""
     timings: dict[str, float]
     """Seconds this row spent in each of queue, encode, refine and generate."""
+
+
+class QueueFull(Exception):  # noqa: N818 - a state, not a mistake
+    """The request does not fit. None of its items was taken.
+
+    Attributes:
+        waiting: items held.
+        retry_after_ms: milliseconds until they are likely to be done, at the present pace.
+    """
+
+    def __init__(self, waiting: int, retry_after_ms: int) -> None:
+        super().__init__(f"the queue holds {waiting} items")
+        self.waiting = waiting
+        self.retry_after_ms = retry_after_ms
+
+
+class EngineFailed(Exception):  # noqa: N818
+    """A graph raised, or the thread that runs them is gone. The cause is chained."""
+
+
+class Retired(EngineFailed):
+    """The engine takes no more because another one has its place. Nothing of the request was done: ask that one."""
