@@ -13,12 +13,14 @@
 Nothing in a bundle can run code: no pickle, standard ONNX operators alone, no file outside the folder.
 """
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ class Provenance(_Strict):
 class Manifest(_Strict):
     """What the service must know to use the graphs, and what a reader wants to know of their origin."""
 
-    format: int
+    format: int = Field(ge=1)
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")
     modalities: list[Modality] = Field(min_length=2, max_length=8)
@@ -114,6 +116,20 @@ class Bundle:
     sha256: str
     """Of the manifest, which holds the hash of every other file: one number for the whole bundle."""
 
+    def content(self, name: str) -> bytes:
+        """One file. Verified each time it is read, so that no change on disk ever reaches who uses it.
+
+        Raises:
+            BundleError: it is not what the manifest says.
+        """
+        content, entry = _read_bytes(self.path, name), self.manifest.files[name]
+        if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise BundleError(
+                f"{self.path / name}: {len(content)} bytes do not match the manifest's {entry.bytes} bytes and sha256 "
+                f"{entry.sha256[:12]}…: the file was changed or cut short. Copy or export the bundle again"
+            )
+        return content
+
 
 def builtin(name: str) -> Path:
     """Folder of a bundle that ships with the package.
@@ -135,16 +151,13 @@ def read(path: Path) -> Bundle:
     """
     raw = _read_bytes(path, MANIFEST)
     manifest = _parse_manifest(path, raw)
-    for name, entry in manifest.files.items():
-        content = _read_bytes(path, name)
-        if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise BundleError(
-                f"{path / name}: {len(content)} bytes do not match the manifest's {entry.bytes} bytes and sha256 "
-                f"{entry.sha256[:12]}…: the file was changed or cut short. Copy or export the bundle again"
-            )
-    for name in _graph_names(manifest):
-        _check_graph(path / name)
-    return Bundle(path=path, manifest=manifest, sha256=hashlib.sha256(raw).hexdigest())
+    found = Bundle(path=path, manifest=manifest, sha256=hashlib.sha256(raw).hexdigest())
+    graphs = _graph_names(manifest)
+    for name in manifest.files:
+        content = found.content(name)
+        if name in graphs:
+            _check_graph(path / name, content)
+    return found
 
 
 def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str) -> Bundle:
@@ -184,7 +197,7 @@ def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str
 def _parse_manifest(path: Path, raw: bytes) -> Manifest:
     try:
         fields = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST}: not JSON ({error})") from error
     number = fields.get("format") if isinstance(fields, dict) else None
     if not isinstance(number, int):
@@ -212,9 +225,11 @@ def _graph_names(manifest: Manifest) -> list[str]:
 
 def _read_bytes(folder: Path, name: str) -> bytes:
     file = folder / name
-    if Path(name).name != name or file.is_symlink():
-        raise BundleError(f"{folder}: {name!r} leads out of the bundle: only plain file names are allowed")
     try:
+        if Path(name).name != name or "\0" in name or file.is_symlink():
+            raise BundleError(f"{folder}: {name!r} leads out of the bundle: only plain file names are allowed")
+        if file.exists() and not file.is_file():
+            raise BundleError(f"{file}: is no file. A bundle holds plain files only")
         if file.stat().st_size > MAX_FILE_BYTES:
             raise BundleError(f"{file}: larger than {MAX_FILE_BYTES} bytes")
         return file.read_bytes()
@@ -222,10 +237,10 @@ def _read_bytes(folder: Path, name: str) -> bytes:
         raise BundleError(f"{file}: cannot be read ({error.strerror}). A bundle is a folder with a {MANIFEST}") from error
 
 
-def _check_graph(file: Path) -> None:
+def _check_graph(file: Path, content: bytes) -> None:
     """Standard operators only, and no tensor from any file but the bundle's weights."""
     try:
-        graph = onnx.load(file, load_external_data=False)
+        graph = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf raises its own class, which is not public
         raise BundleError(f"{file}: not an ONNX graph") from error
     if graph.functions:
@@ -238,10 +253,21 @@ def _check_graph(file: Path) -> None:
     for node in graph.graph.node:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             raise BundleError(f"{file}: holds control flow ({node.op_type}), which no bundle needs")
-    for tensor in graph.graph.initializer:
+    for tensor in _tensors(graph.graph):
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value != WEIGHTS:
                 raise BundleError(f"{file}: reads tensors from {entry.value!r}; only {WEIGHTS} is allowed")
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a graph without control flow can hold."""
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    sparse = [*graph.sparse_initializer, *(s for a in attributes for s in (a.sparse_tensor, *a.sparse_tensors))]
+    yield from graph.initializer
+    for attribute in attributes:
+        yield from (attribute.t, *attribute.tensors)
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
 
 
 def _write_durably(file: Path, content: bytes) -> None:
@@ -252,10 +278,31 @@ def _write_durably(file: Path, content: bytes) -> None:
 
 
 def _swap(staging: Path, path: Path) -> None:
+    """Put ``staging`` in the place of ``path``, and what was there, if anything, in the place of ``staging``."""
     if not path.exists():
         staging.rename(path)
         return
-    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-    path.rename(retired / "bundle")
-    staging.rename(path)
-    shutil.rmtree(retired)
+    try:
+        _exchange(staging, path)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        retired = staging.with_name(f"{staging.name}-old")
+        path.rename(retired)  # the best that is left: for a moment there is no bundle
+        staging.rename(path)
+        retired.rename(staging)
+
+
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP}  # what systems say that cannot
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two names change places in one system call, Linux's renameat2, which Python does not offer."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError as error:
+        raise OSError(errno.ENOSYS, "no renameat2") from error
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(other))
