@@ -45,13 +45,13 @@ P = ParamSpec("P")
 
 
 def _explained(command: Callable[P, None]) -> Callable[P, None]:
-    """Errors that a user can mend end with their message and exit code 2, without a traceback."""
+    """Errors that a user can mend, the disk's among them, end with their message and exit code 2, without a traceback."""
 
     @wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except (config.ConfigError, data.DataError, RunError, DivergenceError, ExportError, BundleError) as error:
+        except (config.ConfigError, data.DataError, RunError, DivergenceError, ExportError, BundleError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:

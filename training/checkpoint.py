@@ -48,7 +48,10 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         stated = path / "config.json"
         if stated.exists():
-            other = json.loads(stated.read_text())["sha256"]
+            try:
+                other = json.loads(stated.read_text())["sha256"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{stated}: damaged ({error!r}). Name another folder with --out, or start over") from error
             if other != config.sha256:
                 raise RunError(
                     f"{path}: holds a run with another configuration (sha256 {other[:12]}, this one {config.sha256[:12]}). "
@@ -67,17 +70,29 @@ class Run:
         partial.replace(self._checkpoint)
 
     def resume(self) -> tuple[Position, dict[str, Any]] | None:
-        """The last checkpoint, or None at the beginning. Metrics written after it are dropped: they will be written again."""
-        if not self._checkpoint.exists():
+        """The last checkpoint, to go on from. Metrics written after it are dropped: they will be written again."""
+        saved = self.checkpoint()
+        if saved is None:
             self._metrics.unlink(missing_ok=True)
+            return None
+        at = (saved[0].stage, saved[0].step)
+        kept = [line for line in self.metrics() if (line["stage_index"], line["step"]) <= at]
+        write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        return saved
+
+    def checkpoint(self) -> tuple[Position, dict[str, Any]] | None:
+        """The last checkpoint, or None at the beginning. Changes nothing, so that a run under way can be looked at.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self._checkpoint.exists():
             return None
         try:
             state = torch.load(self._checkpoint, weights_only=True)
             position = Position(state.pop("stage"), state.pop("step"))
         except Exception as error:  # torch raises many kinds for a damaged file
             raise RunError(f"{self._checkpoint}: cannot be read ({error}). Remove it, or start over with --fresh") from error
-        kept = [line for line in self.metrics() if (line["stage_index"], line["step"]) <= (position.stage, position.step)]
-        write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
         return position, state
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -108,12 +123,14 @@ class Run:
         """Read a JSON file of results.
 
         Raises:
-            RunError: it was not written yet.
+            RunError: it was not written yet, or is damaged.
         """
         try:
             content: dict[str, Any] = json.loads((self.path / name).read_text())
         except FileNotFoundError as error:
             raise RunError(f"{self.path / name}: not there yet. Run fit, then evaluate, first") from error
+        except ValueError as error:
+            raise RunError(f"{self.path / name}: damaged ({error}). Run evaluate again") from error
         return content
 
 

@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ WARMUP_STEPS = 100
 
 
 class DivergenceError(Exception):
-    """The loss is no longer a number."""
+    """The loss, or a weight, is no longer a number."""
 
 
 def build(config: Config, data: Dataset) -> MultimodalVAE:
@@ -45,7 +46,7 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Multimod
     interrupted or not.
 
     Raises:
-        DivergenceError: a loss that is not finite; the last checkpoint is from before it.
+        DivergenceError: a loss or a weight that is not finite; the last checkpoint is from before it.
     """
     torch.set_num_threads(config.threads)
     vae = build(config, data)
@@ -65,13 +66,13 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Multimod
             optimizer.load_state_dict(optimizer_state)
             optimizer_state = None
         _fit_stage(config, data, run, progress, vae, optimizer, plan[index], index, first)
-        run.save(Position(index + 1), {"model": vae.state_dict(), "optimizer": None})
+        _save(run, Position(index + 1), vae, None)
     return vae.eval()
 
 
 def load(config: Config, data: Dataset, run: Run) -> MultimodalVAE | None:
     """The trained model of a run, or None when it has not finished."""
-    saved = run.resume()
+    saved = run.checkpoint()
     if saved is None or saved[0].stage < len(stages(vae := build(config, data), config)):
         return None
     vae.load_state_dict(saved[1]["model"])
@@ -134,7 +135,14 @@ def _fit_stage(
                 )
                 advance(done, {**means, "rows/s": speed})
             if done % CHECKPOINT_STEPS == 0 and done < total:
-                run.save(Position(index, done), {"model": vae.state_dict(), "optimizer": optimizer.state_dict()})
+                _save(run, Position(index, done), vae, optimizer.state_dict())
+
+
+def _save(run: Run, position: Position, vae: MultimodalVAE, optimizer: dict[str, Any] | None) -> None:
+    broken = [name for name, value in vae.state_dict().items() if not bool(value.isfinite().all())]
+    if broken:  # a finite loss may have an infinite slope: a checkpoint of that would never recover
+        raise DivergenceError(f"{position}: {broken[0]} is no longer finite. Lower the stage's learning_rate")
+    run.save(position, {"model": vae.state_dict(), "optimizer": optimizer})
 
 
 def _schedule(step: int, total: int) -> float:
