@@ -57,20 +57,17 @@ class Access:
             raise Problem("wrong_key", "this API key is not known here", headers=told)
         scope["state"]["key"] = key.name
         scope["state"]["charge"] = partial(_charge, key)
-        if key.quota is not None and (wait := key.quota.wait_ms(1)):
-            raise _spent(key, wait)
+        if scope["method"] == "POST":
+            _charge(key, 0)
 
 
 def _charge(key: Key | None, items: int) -> None:
-    """Take items off the key's quota. Raises Problem, 429, where it has not so many left."""
-    if key is not None and key.quota is not None and (wait := key.quota.take(items)):
-        raise _spent(key, wait)
-
-
-def _spent(key: Key, wait_ms: int) -> Problem:
-    assert key.quota is not None
-    detail = f"the quota of {key.name} is {key.quota.rate:g} items a second: wait {wait_ms} ms"
-    return Problem("quota_exceeded", detail, retry_after_ms=wait_ms)
+    """Take items off the key's quota. Raises Problem, 429, where not so many are left: for 0, not even one."""
+    if key is None or key.quota is None:
+        return
+    if wait := key.quota.take(items) if items else key.quota.wait_ms(1):
+        detail = f"the quota of {key.name} is {key.quota.rate:g} items a second: wait {wait} ms"
+        raise Problem("quota_exceeded", detail, retry_after_ms=wait)
 
 
 def _host(header: str) -> str:

@@ -51,6 +51,10 @@ def create(runtime: Runtime, settings: Settings) -> FastAPI:
             finally:
                 await serving.stop()
 
+    routers = [routes.router, embeddings.router, models.router, probes.router]
+    if settings.metrics and settings.admin_port is None:
+        routers.append(probes.metrics_router)
+    paths = frozenset(str(route.path) for router in routers for route in router.routes if hasattr(route, "path"))
     app = FastAPI(
         lifespan=lifespan,
         redirect_slashes=False,
@@ -58,17 +62,15 @@ def create(runtime: Runtime, settings: Settings) -> FastAPI:
         docs_url=None,  # their pages load scripts from other hosts
         redoc_url=None,
         middleware=[
-            Middleware(Telemetry, metrics=metrics, model_version=bundle.manifest.version),
+            Middleware(Telemetry, metrics=metrics, model_version=bundle.manifest.version, routes=paths),
             Middleware(Access, keys=keys, hosts=settings.allowed_hosts),
             Middleware(BodyLimit, limit=settings.max_body_bytes),
         ],
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
     )
     app.state.serving = serving
-    for router in (routes.router, embeddings.router, models.router, probes.router):
+    for router in routers:
         app.include_router(router)
-    if settings.metrics and settings.admin_port is None:
-        app.include_router(probes.metrics_router)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

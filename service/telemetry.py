@@ -5,7 +5,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
@@ -84,12 +84,16 @@ class Telemetry:
     """Outermost: gives each request its id, times and counts it, and turns what nobody caught into a 500 that tells nothing.
 
     The state of the scope carries ``request_id`` to the handlers, and ``code`` back from them where a request failed.
+
+    Args:
+        routes: paths to name in the metrics where a request is refused before it reaches its route.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, model_version: str) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, model_version: str, routes: Collection[str] = ()) -> None:
         self.app = app
         self.metrics = metrics
         self.model_version = model_version
+        self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,7 +128,8 @@ class Telemetry:
                 await answer(scope, receive, observed)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
+        known = scope["path"] if scope["path"] in self.routes else "unmatched"
+        route = getattr(scope.get("route"), "path", known)
         self.metrics.duration.labels(route, status).observe(seconds)
         code = scope["state"].get("code")
         if code:
