@@ -76,12 +76,12 @@ def fit(
     """
     settings = config.load(configuration)
     path = out or Path("runs") / settings.name
-    if fresh and path.exists():
+    training, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
+    if fresh and path.exists():  # now that all else is known to be there
         if not (path / "config.json").exists():
             raise RunError(f"{path}: is no run's folder, and is not removed")
         shutil.rmtree(path)
     run, progress = Run(path, settings), Progress()
-    training, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
     vae = load(settings, training, run) or train(settings, training, run, progress)
     _evaluate(settings, vae, training, test, run, progress)
     print(f"\nexport it with: python -m training export {configuration}" + (f" --out {out}" if out else ""))

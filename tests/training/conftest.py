@@ -1,13 +1,16 @@
 """Small data for the training tests, drawn here: no file is kept, none is fetched."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+
+from training.config import Config
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -34,6 +37,51 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels = (generator.permutation(rows) % 10).tolist()
         write_images(folder / f"mnist-m-{split}.parquet", [draw_photo(label, generator) for label in labels], labels, "WEBP")
     return folder
+
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def make_config(digits_folder: Path) -> MakeConfig:
+    """A run on the drawn digits that takes seconds: digit and word of one file, or with ``photo`` those of two.
+
+    Names of tables change their fields: ``make_config(joint={"epochs": 2})``; ``tables=True`` gives plain tables, for TOML.
+    """
+
+    def make_config(*, photo: bool = False, tables: bool = False, **changes: Any) -> Any:
+        digit = {"name": "digit", "kind": "image", "channels": 1, "height": 28, "width": 28, "background": "black"}
+        word = {"name": "word", "kind": "text", "length": 8, "alphabet": " abcdefghijklmnopqrstuvwxyz"}
+        colour = {"name": "photo", "kind": "image", "channels": 3, "height": 32, "width": 32}
+        first = {
+            "train": "mnist-train.parquet",
+            "test": "mnist-test.parquet",
+            "columns": {"digit": "image", "word": "label"},
+            "label": "label",
+            "licence": "drawn",
+        }
+        second = {**first, "train": "mnist-m-train.parquet", "test": "mnist-m-test.parquet", "columns": {"photo": "image"}}
+        stage = {"epochs": 2, "batch_size": 20}
+        fields: dict[str, Any] = {
+            "name": "tiny",
+            "threads": 1,
+            "modalities": [digit, colour, word] if photo else [digit, word],
+            "data": {
+                "folder": str(digits_folder),
+                "pairing": "class" if photo else "row",
+                "random_offset": ["word"],
+                "sources": [first, second] if photo else [first],
+            },
+            "network": {"latent": 4, "features": 8, "width": 2, "hidden": 8},
+            "joint": stage,
+            "refiner": {**stage, "steps": 2},
+            "align": stage,
+        }
+        for name, change in changes.items():
+            fields[name] = {**fields[name], **change} if isinstance(change, dict) and name in fields else change
+        return fields if tables else Config.model_validate(fields)
+
+    return make_config
 
 
 def draw_grey(label: int, generator: np.random.Generator) -> Image.Image:

@@ -1,0 +1,139 @@
+"""What each stage minimises, and which networks it teaches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.vae.gaussian import standard_like
+from model.vae.multimodal import MultimodalVAE
+from training import config, stages
+from training.data import Batch
+from training.objectives import every_subset
+from training.stages import align_loss, joint_loss, refiner_loss
+
+ROWS = 6
+REFINER = config.Refiner(steps=2, samples=2)
+Loss = Callable[[MultimodalVAE, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+LOSSES: dict[str, Loss] = {
+    "joint": joint_loss,
+    "refiner": lambda vae, batch, noise: refiner_loss(vae, batch, noise, REFINER),
+    "align": lambda vae, batch, noise: align_loss(vae, batch, noise, REFINER, config.Align(reconstruction=0.5)),
+}
+
+
+@pytest.fixture
+def vae(tiny_vae: MultimodalVAE, make_vae: Any) -> MultimodalVAE:
+    return make_vae(tiny_vae.modalities).requires_grad_(True)
+
+
+@pytest.fixture
+def batch(tiny_vae: MultimodalVAE, make_rows: Any) -> Batch:
+    present = torch.rand(ROWS, 4, generator=torch.Generator().manual_seed(0)) < 0.7
+    present[:, 0] |= ~present.any(1)
+    return Batch(make_rows(tiny_vae.modalities, ROWS), present, None)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def slopes(vae: MultimodalVAE, loss: Tensor, part: str) -> list[Tensor]:
+    parameters = list(getattr(vae, part).parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def test_three_stages_in_their_order(vae: MultimodalVAE, make_config: Any) -> None:
+    settings = make_config()
+    plan = stages.stages(vae, settings)
+    assert [stage.name for stage in plan] == ["joint", "refiner", "align"]
+    assert [stage.settings for stage in plan] == [settings.joint, settings.refiner, settings.align]
+
+
+@pytest.mark.parametrize(
+    ("name", "taught"),
+    [
+        ("joint", {"joint", "decoders"}),
+        ("refiner", {"joint", "decoders", "refiner"}),
+        ("align", {"joint", "decoders", "aligned"}),
+    ],
+)
+def test_who_learns(vae: MultimodalVAE, batch: Batch, name: str, taught: set[str]) -> None:
+    loss, _ = LOSSES[name](vae, batch, seeded())
+    parts = {"joint", "decoders", "refiner", "aligned"}
+    assert {part for part in parts if any(bool(g.any()) for g in slopes(vae, loss, part))} == taught
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_finite_and_depend_on_the_seed_alone(vae: MultimodalVAE, batch: Batch, name: str) -> None:
+    (first, figures), (again, _), (other, _) = (LOSSES[name](vae, batch, seeded(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.isfinite()
+    assert all(figure.isfinite() and figure.ndim == 0 for figure in figures.values())
+
+
+def test_stages_are_wired_to_their_losses(vae: MultimodalVAE, batch: Batch, make_config: Any) -> None:
+    settings = make_config(refiner={"steps": 2, "samples": 2}, align={"reconstruction": 0.5})
+    for stage in stages.stages(vae, settings):
+        assert torch.equal(stage.loss(batch, seeded())[0], LOSSES[stage.name](vae, batch, seeded())[0])
+
+
+def test_the_joint_loss_is_the_negative_elbo(vae: MultimodalVAE, batch: Batch) -> None:
+    loss, figures = joint_loss(vae, batch, seeded())
+    q = vae.joint(batch.arrays, batch.present)
+    noise = torch.randn(ROWS, 1, vae.latent, generator=seeded())
+    expected = vae.objective(batch.arrays, batch.present, q, standard_like(q), noise).mean()
+    torch.testing.assert_close(-loss, expected)
+    torch.testing.assert_close(figures["elbo"], expected)
+
+
+def test_alignment_and_reconstruction_come_on_top(vae: MultimodalVAE, batch: Batch) -> None:
+    """By their weights; beta makes the alignment a matter of the same nats."""
+    (plain, figures), (more, told) = (
+        align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=weight)) for weight in (0.0, 3.0)
+    )
+    assert "reconstruction" not in figures
+    torch.testing.assert_close(plain - more, 3.0 * told["reconstruction"])
+    before = -(figures["elbo"] + figures["refined"]) / 2
+    torch.testing.assert_close(plain - before, vae.beta * 15 * figures["align"])
+
+
+def test_the_teacher_is_not_pulled_to_its_students(vae: MultimodalVAE, batch: Batch) -> None:
+    loss, figures = align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0))
+    without = -(figures["elbo"] + figures["refined"]) / 2
+    for found, expected in zip(slopes(vae, loss, "joint"), slopes(vae, without, "joint"), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_decoders_serve_refined_posteriors_too(vae: MultimodalVAE, batch: Batch) -> None:
+    _, figures = refiner_loss(vae, batch, seeded(), REFINER)
+    assert any(bool(g.any()) for g in slopes(vae, figures["refined"], "decoders"))
+    assert not any(bool(g.any()) for g in slopes(vae, figures["refined"], "joint"))
+
+
+def test_many_modalities_align_some_subsets_at_a_time(
+    vae: MultimodalVAE, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, taken = stages.alignment, []
+
+    def watch(model: MultimodalVAE, rows: Batch, teacher: Any, subsets: Tensor) -> Any:
+        taken.append(subsets)
+        return honest(model, rows, teacher, subsets)
+
+    monkeypatch.setattr(stages, "alignment", watch)
+    monkeypatch.setattr(stages, "MAX_SUBSETS", 7)
+    for seed in range(20):
+        loss, _ = align_loss(vae, batch, seeded(seed), REFINER, config.Align())
+        assert loss.isfinite()
+    singles = every_subset(4)[:4]
+    drawn = set()
+    for subsets in taken:
+        assert torch.equal(subsets[:4], singles)
+        others = {tuple(row) for row in subsets[4:].tolist()}
+        assert len(others) == 3
+        drawn |= others
+    assert drawn == {tuple(row) for row in every_subset(4)[4:].tolist()}  # each comes up in time
