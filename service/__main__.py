@@ -1,6 +1,7 @@
 """The command line: ``python -m service`` serves, ``python -m service openapi`` prints the contract."""
 
 import signal
+import socket
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -64,25 +65,35 @@ def _serve(settings: Settings) -> None:
     configure_logging(settings)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains first and then raises them again
         signal.signal(number, lambda *_: sys.exit(0))
-    try:
-        listener = bind(settings.host, settings.port)
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        _stop(f"cannot listen on {where}: {error.strerror}. Stop what listens there, or choose another --port", FAILED)
+    listener = _listen(settings.host, settings.port, "--port")
+    operators = _listen(settings.host, settings.admin_port, f"{PREFIX}ADMIN_PORT") if settings.admin_port is not None else None
     runtime = _open(settings)
     try:
-        app = create(runtime, settings)
+        app = create(runtime, settings, operators)
     except KeysError as error:
         _stop(str(error), FAILED)
     host, port = listener.getsockname()[:2]
     manifest = runtime.bundle.manifest
     structlog.get_logger("service").info(
-        "serving", host=host, port=port, bundle=f"{manifest.name}@{manifest.version}", device=runtime.device
+        "serving",
+        host=host,
+        port=port,
+        admin_port=operators and operators.getsockname()[1],
+        bundle=f"{manifest.name}@{manifest.version}",
+        device=runtime.device,
     )
     server = uvicorn.Server(configure(app, settings))
     server.run(sockets=[listener])
     if not server.started:
         raise typer.Exit(FAILED)
+
+
+def _listen(host: str, port: int, option: str) -> socket.socket:
+    try:
+        return bind(host, port)
+    except OSError as error:
+        told = f"cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or choose another {option}"
+        _stop(told, FAILED)
 
 
 def _open(settings: Settings) -> Runtime:

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import socket
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from model.runtime import Runtime
-from service import contract, embeddings, models, probes, routes
+from service import admin, contract, embeddings, models, probes, routes
 from service.access import Access
 from service.body import BodyLimit
 from service.errors import Problem, answer_http_exception, answer_problem
@@ -22,8 +23,11 @@ from service.settings import Settings
 from service.telemetry import Metrics, Telemetry
 
 
-def create(runtime: Runtime, settings: Settings) -> FastAPI:
+def create(runtime: Runtime, settings: Settings, operators: socket.socket | None = None) -> FastAPI:
     """An app that serves one opened bundle. It is warmed and checked in its lifespan, before the first request.
+
+    Args:
+        operators: where ``settings.admin_port`` is bound.
 
     Raises:
         KeysError: the file of API keys cannot be used.
@@ -44,7 +48,12 @@ def create(runtime: Runtime, settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with keys.watched() if keys else contextlib.nullcontext():
+        async with contextlib.AsyncExitStack() as beside:
+            if keys is not None:
+                await beside.enter_async_context(keys.watched())
+            if operators is not None:
+                told = admin.create(app, settings, telemetry)
+                await beside.enter_async_context(admin.running(told, settings, operators))
             await serving.start()
             try:
                 yield
@@ -55,6 +64,7 @@ def create(runtime: Runtime, settings: Settings) -> FastAPI:
     if settings.metrics and settings.admin_port is None:
         routers.append(probes.metrics_router)
     paths = frozenset(str(route.path) for router in routers for route in router.routes if hasattr(route, "path"))
+    telemetry = Middleware(Telemetry, metrics=metrics, model_version=bundle.manifest.version, routes=paths)
     app = FastAPI(
         lifespan=lifespan,
         redirect_slashes=False,
@@ -62,7 +72,7 @@ def create(runtime: Runtime, settings: Settings) -> FastAPI:
         docs_url=None,  # their pages load scripts from other hosts
         redoc_url=None,
         middleware=[
-            Middleware(Telemetry, metrics=metrics, model_version=bundle.manifest.version, routes=paths),
+            telemetry,
             Middleware(Access, keys=keys, hosts=settings.allowed_hosts),
             Middleware(BodyLimit, limit=settings.max_body_bytes),
         ],

@@ -33,7 +33,8 @@ def serve(runtime: Runtime) -> Callable[..., contextlib.AbstractContextManager[h
     @contextlib.contextmanager
     def serve(opened: Runtime = runtime, **settings: Any) -> Iterator[httpx.Client]:
         asked = Settings(**settings)
-        app = create(opened, asked)
+        operators = bind("127.0.0.1", asked.admin_port) if asked.admin_port is not None else None
+        app = create(opened, asked, operators)
         listener = bind("127.0.0.1", 0)
         server = uvicorn.Server(configure(app, asked))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -47,6 +48,7 @@ def serve(runtime: Runtime) -> Callable[..., contextlib.AbstractContextManager[h
             hooks = {"response": [lambda response: hold_against(document, response)]}
             with httpx.Client(base_url=f"http://{host}:{port}", event_hooks=hooks, timeout=30, trust_env=False) as client:
                 client.app = app  # type: ignore[attr-defined]
+                client.operators = operators and operators.getsockname()[1]  # type: ignore[attr-defined]
                 yield client
         finally:
             server.should_exit = True
