@@ -1,5 +1,6 @@
 """The command line: ``python -m service`` serves, ``python -m service openapi`` prints the contract."""
 
+import contextlib
 import signal
 import socket
 import sys
@@ -8,14 +9,14 @@ from typing import Annotated, Any, NoReturn
 import orjson
 import structlog
 import typer
-import uvicorn
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from model.bundle import BundleError
 from model.runtime import Runtime
 from service.app import create
 from service.keys import KeysError
-from service.server import bind, configure
+from service.server import Server, bind
 from service.settings import PREFIX, Settings, explain
 from service.telemetry import configure_logging
 
@@ -57,33 +58,32 @@ def serve(
 @cli.command()
 def openapi(context: typer.Context) -> None:
     """Print the OpenAPI document of the bundle's API."""
-    app = create(_open(context.obj), context.obj)
+    app = _create(context.obj)
     sys.stdout.buffer.write(orjson.dumps(app.openapi(), option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def _serve(settings: Settings) -> None:
     configure_logging(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains first and then raises them again
+    for number in (signal.SIGTERM, signal.SIGINT):  # the server ends its work first and then raises them again
         signal.signal(number, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     listener = _listen(settings.host, settings.port, "--port")
     operators = _listen(settings.host, settings.admin_port, f"{PREFIX}ADMIN_PORT") if settings.admin_port is not None else None
-    runtime = _open(settings)
-    try:
-        app = create(runtime, settings, operators)
-    except KeysError as error:
-        _stop(str(error), FAILED)
+    app = _create(settings, operators)
     host, port = listener.getsockname()[:2]
-    manifest = runtime.bundle.manifest
     structlog.get_logger("service").info(
         "serving",
         host=host,
         port=port,
         admin_port=operators and operators.getsockname()[1],
-        bundle=f"{manifest.name}@{manifest.version}",
-        device=runtime.device,
+        models=[serving.label for serving in app.state.bundles.all()],
     )
-    server = uvicorn.Server(configure(app, settings))
-    server.run(sockets=[listener])
+    server = Server(app, settings)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        with contextlib.suppress(OSError):  # whoever read it may be gone: that is no failure of ours
+            sys.stdout.close()
     if not server.started:
         raise typer.Exit(FAILED)
 
@@ -96,10 +96,12 @@ def _listen(host: str, port: int, option: str) -> socket.socket:
         _stop(told, FAILED)
 
 
-def _open(settings: Settings) -> Runtime:
+def _create(settings: Settings, operators: socket.socket | None = None) -> FastAPI:
     try:
-        return Runtime.load(settings.bundle_path(), device=settings.device, threads=settings.threads)
-    except BundleError as error:
+        folders = settings.bundle_folders()
+        opened = [Runtime.load(folder, device=settings.device, threads=settings.threads) for folder in folders]
+        return create(opened, settings, operators)
+    except (BundleError, KeysError) as error:
         _stop(str(error), FAILED)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import platform
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,35 +16,27 @@ from model.runtime import Runtime
 from service import admin, contract, embeddings, models, probes, routes
 from service.access import Access
 from service.body import BodyLimit
+from service.bundles import Bundles
 from service.errors import Problem, answer_http_exception, answer_problem
 from service.keys import Keys
-from service.serving import Serving
 from service.settings import Settings
 from service.telemetry import Metrics, Telemetry
 
 
-def create(runtime: Runtime, settings: Settings, operators: socket.socket | None = None) -> FastAPI:
-    """An app that serves one opened bundle. It is warmed and checked in its lifespan, before the first request.
+def create(opened: Sequence[Runtime], settings: Settings, operators: socket.socket | None = None) -> FastAPI:
+    """An app that serves opened bundles. They are warmed and checked in its lifespan, before the first request.
 
     Args:
         operators: where ``settings.admin_port`` is bound.
 
     Raises:
         KeysError: the file of API keys cannot be used.
+        BundleError: the bundles' names are at odds.
     """
     keys = Keys(settings.api_keys_file, burst=settings.max_items) if settings.api_keys_file else None
-    bundle = runtime.bundle
-    metrics = Metrics(
-        {
-            "name": bundle.manifest.name,
-            "version": bundle.manifest.version,
-            "sha256": bundle.sha256,
-            "device": runtime.device,
-        },
-        {"version": version("concord"), "python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
-    )
-    serving = Serving(runtime, settings, metrics)
-    metrics.watch(lambda: serving.engine.queue_depth, serving.ready)
+    build = {"version": version("concord"), "python": platform.python_version(), "onnxruntime": onnxruntime.__version__}
+    metrics = Metrics(build)
+    bundles = Bundles(opened, settings, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -54,17 +46,19 @@ def create(runtime: Runtime, settings: Settings, operators: socket.socket | None
             if operators is not None:
                 told = admin.create(app, settings, telemetry)
                 await beside.enter_async_context(admin.running(told, settings, operators))
-            await serving.start()
+            await bundles.start()
             try:
                 yield
             finally:
-                await serving.stop()
+                await bundles.stop()
 
     routers = [routes.router, embeddings.router, models.router, probes.router]
     if settings.metrics and settings.admin_port is None:
         routers.append(probes.metrics_router)
     paths = frozenset(str(route.path) for router in routers for route in router.routes if hasattr(route, "path"))
-    telemetry = Middleware(Telemetry, metrics=metrics, model_version=bundle.manifest.version, routes=paths)
+    telemetry = Middleware(
+        Telemetry, metrics=metrics, model_version=lambda: bundles.choose(None).manifest.version, routes=paths
+    )
     app = FastAPI(
         lifespan=lifespan,
         redirect_slashes=False,
@@ -74,17 +68,17 @@ def create(runtime: Runtime, settings: Settings, operators: socket.socket | None
         middleware=[
             telemetry,
             Middleware(Access, keys=keys, hosts=settings.allowed_hosts),
-            Middleware(BodyLimit, limit=settings.max_body_bytes),
+            Middleware(BodyLimit, limit=settings.max_body_bytes, total=settings.max_bodies_bytes),
         ],
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
     )
-    app.state.serving = serving
+    app.state.bundles = bundles
     for router in routers:
         app.include_router(router)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = contract.document(app, runtime.modalities, settings.max_items, keys=bool(keys))
+            app.openapi_schema = contract.document(app, bundles.modalities(), settings.max_items, keys=bool(keys))
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import Problem, respond, too_large_body
 
 LINGER_SECONDS = 0.5
+RETRY_AFTER_MS = 1000
 MAX_PARTS = 64
 OPTIONS_PART = "options"
 
@@ -29,14 +30,17 @@ class Form:
 
 class BodyLimit:
     """Refuses bodies over ``limit`` bytes: before the first byte where Content-Length says so, else when the limit is crossed.
+    Refuses with 503 what would make all bodies under way larger than ``total``.
 
     Starlette's own ``max_body_size`` answers in plain text. And to close a connection while the client still sends would reset
     it, and with it lose the answer: what still comes is read and thrown away for a moment after the answer went out.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, total: int) -> None:
         self.app = app
         self.limit = limit
+        self.total = total
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,10 +52,16 @@ class BodyLimit:
         async def limited() -> Message:
             nonlocal received, crossed
             message = await receive()
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
+            self._held += size
             if received > self.limit:
                 crossed = True
                 raise too_large_body(self.limit)
+            if self._held > self.total:
+                crossed = True
+                held = f"the bodies of requests under way hold {self._held} bytes"
+                raise Problem("queue_full", held, retry_after_ms=RETRY_AFTER_MS)
             return message
 
         async def lingering(message: Message) -> None:
@@ -70,7 +80,10 @@ class BodyLimit:
             crossed = True
             await respond(scope, too_large_body(self.limit))(scope, receive, lingering)
         else:
-            await self.app(scope, limited, lingering)
+            try:
+                await self.app(scope, limited, lingering)
+            finally:
+                self._held -= received
 
 
 async def _drain(receive: Receive) -> None:

@@ -56,6 +56,34 @@ class Call(Generic[O]):
 
 
 @dataclass(frozen=True)
+class Asked(Generic[O]):
+    """What a body asks for. ``inputs`` are what stands in its place, not looked at yet, or a form's one sample."""
+
+    options: O
+    inputs: object
+
+
+def parse(body: bytes | Form, query: Sequence[tuple[str, str]], options: type[O], most_values: int) -> Asked[O]:
+    """What needs no bundle, so that the options can name one.
+
+    Args:
+        query: the query's parameters; each may name an option (``refine.steps=4``), which the body overrules.
+        most_values: as ``parse_object`` has it.
+
+    Raises:
+        Problem: no JSON object, or the options are wrong.
+    """
+    if isinstance(body, Form):
+        fields = parse_object(body.options or b"{}", f"part {OPTIONS_PART!r}", _SPARE_VALUES)
+        if "inputs" in fields:
+            raise Problem.of([Fault("/inputs", "invalid_value", "a form's parts are its one input: leave inputs out")])
+        return Asked(_options(options, query, fields), body)
+    fields = parse_object(body, "the body", most_values)
+    inputs = fields.pop("inputs", None)
+    return Asked(_options(options, query, fields), inputs)
+
+
+@dataclass(frozen=True)
 class Reader:
     """Reads calls for one bundle."""
 
@@ -75,33 +103,21 @@ class Reader:
                 of_item += modality.shape[0]
         return _SPARE_VALUES + self.max_items * of_item
 
-    def read(
-        self, body: bytes | Form, query: Sequence[tuple[str, str]], options: type[O], charge: Charge = lambda _: None
-    ) -> Call[O]:
-        """Parse, validate, decode.
-
-        Args:
-            query: the query's parameters; each may name an option (``refine.steps=4``), which the body overrules.
+    def read(self, asked: Asked[O], charge: Charge = lambda _: None) -> Call[O]:
+        """Validate, decode.
 
         Raises:
-            Problem: the options are wrong, or ``inputs`` is no list of allowed length. What is wrong with one item is in its
+            Problem: ``inputs`` is no list of allowed length, or an option is too much. What is wrong with one item is in its
                 place in ``Call.items``.
         """
-        if isinstance(body, Form):
-            fields = parse_object(body.options or b"{}", f"part {OPTIONS_PART!r}", _SPARE_VALUES)
-            values: object = [self._from_form(body.sample)]
-            if "inputs" in fields:
-                raise Problem.of([Fault("/inputs", "invalid_value", "a form's parts are its one input: leave inputs out")])
-        else:
-            fields = parse_object(body, "the body", self.most_values)
-            values = fields.pop("inputs", None)
-        listed = self.listed(values, "/inputs")
-        parsed = _options(options, query, fields)
-        if parsed.refine.steps > self.max_refine_steps:
-            detail = f"{parsed.refine.steps} steps; at most {self.max_refine_steps} are allowed"
+        inputs = asked.inputs
+        listed = self.listed([self._from_form(inputs.sample)] if isinstance(inputs, Form) else inputs, "/inputs")
+        steps = asked.options.refine.steps
+        if steps > self.max_refine_steps:
+            detail = f"{steps} steps; at most {self.max_refine_steps} are allowed"
             raise Problem.of([Fault("/refine/steps", "out_of_range", detail)])
         charge(len(listed))
-        return Call(parsed, self.items(listed, "/inputs"))
+        return Call(asked.options, self.items(listed, "/inputs"))
 
     def listed(self, values: object, here: str) -> list[object]:
         """``values``, if they are a list of allowed length.

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request, Response
 
 from model.modality import TextModality
 from service import answers, body
+from service.bundles import Bundles
 from service.calls import Call, Charge, Item, Reader, options_of
 from service.engine import Work
 from service.errors import Fault, Problem
-from service.routes import answer, deadline, decode, run
+from service.routes import answer, deadline, run
 from service.schemas import EmbeddingsAnswer, EmbeddingsOptions, EmbedOptions
 from service.serving import Serving
 
@@ -22,32 +23,44 @@ router = APIRouter()
 async def embeddings(request: Request) -> Response:
     """A string goes to the bundle's text modality; an object names the modalities that it has, as an input of /embed does.
     The mean of the aligned posterior comes back."""
-    serving: Serving = request.app.state.serving
-    async with deadline(request, serving):
-        serving.require_ready()
+    bundles: Bundles = request.app.state.bundles
+    async with deadline(request, bundles.settings):
+        bundles.admit()
         content = await body.read_json(request)
-        call, decode_seconds = await decode(
-            serving, lambda: read(serving.reader, serving.manifest.latent, content, request.state.charge)
-        )
+
+        def chosen() -> tuple[Serving, Call[EmbedOptions]]:
+            asked, inputs = parse(content, bundles.most_values)
+            serving = bundles.choose(asked.model)
+            return serving, read(serving.reader, serving.manifest.latent, asked, inputs, request.state.charge)
+
+        (serving, call), decode_seconds = await bundles.decode(chosen)
         works = [Work(item.row, 0, item.index) for item in call.items if isinstance(item, Item)]
-        results = await run(request, serving, call, works)
+        manifest, results = await run(request, bundles, serving, call, works)
         started = time.perf_counter()
-        told = answers.embeddings(serving.manifest, call.options.encoding_format, results)
-        serving.metrics.stage("serialize", time.perf_counter() - started)
+        told = answers.embeddings(manifest, call.options.encoding_format, results)
+        bundles.metrics.stage("serialize", time.perf_counter() - started)
     return answer(request, told, results, decode_seconds)
 
 
-def read(reader: Reader, latent: int, content: bytes, charge: Charge) -> Call[EmbedOptions]:
+def parse(content: bytes, most_values: int) -> tuple[EmbeddingsOptions, object]:
+    """The options, and what stands as ``input``.
+
+    Raises:
+        Problem: no JSON object, or the options are wrong.
+    """
+    fields = body.parse_object(content, "the body", most_values)
+    inputs = fields.pop("input", None)
+    return options_of(EmbeddingsOptions, fields), inputs
+
+
+def read(reader: Reader, latent: int, asked: EmbeddingsOptions, inputs: object, charge: Charge) -> Call[EmbedOptions]:
     """The call that a body in OpenAI's form stands for.
 
     Raises:
         Problem: as ``Reader.read``; or ``dimensions`` is not ``latent``, a string has no modality to go to, or ``input`` holds
             token ids.
     """
-    fields = body.parse_object(content, "the body", reader.most_values)
-    values = fields.pop("input", None)
-    values = reader.listed([values] if isinstance(values, str) else values, "/input")
-    asked = options_of(EmbeddingsOptions, fields)
+    values = reader.listed([inputs] if isinstance(inputs, str) else inputs, "/input")
     if asked.dimensions not in (None, latent):
         detail = f"received {asked.dimensions}; this model's embeddings have {latent} dimensions and are not cut short"
         raise Problem.of([Fault("/dimensions", "out_of_range", detail)])

@@ -13,9 +13,9 @@ import structlog
 from model.runtime import Runtime
 from service.exercise import exercise
 from service.scheduler import Observer, Row, Scheduler, Silent
-from service.work import EngineFailed, Outcome, QueueFull, Refine, Refinement, Retired, Work
+from service.work import EngineFailed, Outcome, QueueFull, Refine, Refinement, Work
 
-__all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine", "Refinement", "Retired", "Work"]
+__all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine", "Refinement", "Work"]
 
 BEAT_SECONDS = 0.5
 """The idle thread beats this often."""
@@ -119,15 +119,14 @@ class Engine:
         self._beat = monotonic()
         self._thread.start()
 
-    def stop(self, grace: float | None = None, refusal: EngineFailed | None = None) -> None:
+    def stop(self, grace: float | None = None) -> None:
         """Take no more, finish what is held, and end the thread. Blocks: call it off the event loop while requests run.
 
         Args:
             grace: seconds after which what is still held fails. None: as long as it takes.
-            refusal: what requests get from now on.
         """
         with self._changed:
-            self._refusal = refusal or EngineFailed("the engine has stopped")
+            self._refusal = EngineFailed("the engine has stopped")
             self._closing = True
             self._changed.notify()
         if self._thread.ident is not None:
@@ -145,7 +144,6 @@ class Engine:
         Raises:
             QueueFull: not all of the items fit now; none was taken.
             EngineFailed: a graph raised on one of these rows, or the engine does not run.
-            Retired: the engine was stopped for another one before it took this request.
         """
         if not works:
             return []
@@ -164,7 +162,7 @@ class Engine:
 
     def _check(self, items: int) -> None:
         if self._refusal is not None:
-            raise type(self._refusal)(*self._refusal.args) from self._refusal.__cause__
+            raise EngineFailed(*self._refusal.args) from self._refusal.__cause__
         held = len(self._owners)
         if held + items > self._max_queue_items:
             raise QueueFull(held, retry_after_ms=max(MIN_RETRY_MS, int(1000 * held * self._seconds_per_item)))

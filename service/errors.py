@@ -22,6 +22,7 @@ CODES: dict[str, tuple[int, str]] = {
     "not_found": (404, "No such route"),
     "unknown_model": (404, "No such model"),
     "method_not_allowed": (405, "Method not allowed"),
+    "request_timeout": (408, "Request Timeout"),
     "too_large": (413, "Too large"),
     "unsupported_media_type": (415, "Unsupported media type"),
     "invalid_value": (422, "Invalid request"),

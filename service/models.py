@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from model.codec import MEDIA_TYPES
 from model.modality import ImageModality, Modality
+from service.bundles import Bundles
 from service.schemas import ModelAnswer, ModelsAnswer
 from service.serving import Serving
 
@@ -17,18 +18,18 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 @router.get("", response_model=ModelsAnswer, summary="The bundles that are served")
 async def models(request: Request) -> Response:
     """In the shape of OpenAI's list of models, with more fields."""
-    return _answer({"object": "list", "data": [describe(request.app.state.serving)]})
+    bundles: Bundles = request.app.state.bundles
+    return _answer({"object": "list", "data": [describe(bundles, serving) for serving in bundles.all()]})
 
 
 @router.get("/{model}", response_model=ModelAnswer, summary="One bundle")
 async def model(request: Request, model: str) -> Response:
     """``model`` is a name, or name@version."""
-    serving: Serving = request.app.state.serving
-    serving.require_name(model)
-    return _answer(describe(serving))
+    bundles: Bundles = request.app.state.bundles
+    return _answer(describe(bundles, bundles.choose(model)))
 
 
-def describe(serving: Serving) -> dict[str, Any]:
+def describe(bundles: Bundles, serving: Serving) -> dict[str, Any]:
     """The answer for one bundle."""
     manifest, settings = serving.manifest, serving.settings
     created = datetime.fromisoformat(manifest.provenance.created)
@@ -38,7 +39,7 @@ def describe(serving: Serving) -> dict[str, Any]:
         "created": int(created.replace(tzinfo=created.tzinfo or UTC).timestamp()),
         "owned_by": "concord",
         "version": manifest.version,
-        "state": "ready" if serving.ready() else "failing",
+        "state": bundles.state(serving),
         "latent": manifest.latent,
         "modalities": [_modality(m) for m in manifest.modalities],
         "capabilities": ["embed", "cross-generate", "refine"],

@@ -6,8 +6,8 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from service.bundles import Bundles
 from service.schemas import HealthAnswer
-from service.serving import Serving
 
 router = APIRouter(tags=["operations"])
 metrics_router = APIRouter(tags=["operations"])
@@ -21,17 +21,17 @@ _FAILING: dict[int | str, dict[str, Any]] = {503: {"model": HealthAnswer, "descr
 @router.get("/healthz", response_model=HealthAnswer, responses=_FAILING, summary="The same as /livez")
 @router.get("/v2/health/live", response_model=HealthAnswer, responses=_FAILING, summary="The same as /livez, for KServe")
 async def live(request: Request) -> Response:
-    """The event loop turns, as this answer shows, and the inference thread beats. Never depends on load."""
-    serving: Serving = request.app.state.serving
-    return _answer({"inference": serving.alive()})
+    """The event loop turns, as this answer shows, and every inference thread beats. Never depends on load."""
+    bundles: Bundles = request.app.state.bundles
+    return _answer(bundles.liveness())
 
 
 @router.get("/readyz", response_model=HealthAnswer, responses=_FAILING, summary="May requests be sent here?")
 @router.get("/v2/health/ready", response_model=HealthAnswer, responses=_FAILING, summary="The same as /readyz, for KServe")
 async def ready(request: Request) -> Response:
-    """Bundle loaded, graphs warmed, golden examples replayed, inference thread beating."""
-    serving: Serving = request.app.state.serving
-    return _answer(serving.checks())
+    """Bundles loaded, graphs warmed, golden examples replayed, inference threads beating, circuits closed, and not stopping."""
+    bundles: Bundles = request.app.state.bundles
+    return _answer(bundles.checks())
 
 
 @metrics_router.get(
@@ -42,8 +42,8 @@ async def ready(request: Request) -> Response:
 )
 async def metrics(request: Request) -> Response:
     """Base units, counters end in _total."""
-    serving: Serving = request.app.state.serving
-    return Response(serving.metrics.expose(), media_type=CONTENT_TYPE_LATEST)
+    bundles: Bundles = request.app.state.bundles
+    return Response(bundles.metrics.expose(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _answer(checks: dict[str, str]) -> Response:

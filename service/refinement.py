@@ -41,7 +41,7 @@ class Ascent:
         now: seconds, monotonic.
     """
 
-    __slots__ = ("_began", "_best", "_highest", "_refine", "_stopped", "_trace", "anchor", "complete", "noise", "posterior")
+    __slots__ = ("_best", "_highest", "_refine", "_stopped", "_trace", "_until", "anchor", "complete", "noise", "posterior")
 
     def __init__(
         self,
@@ -58,7 +58,9 @@ class Ascent:
         self.complete = complete
         self.noise = noise
         self._refine = refine
-        self._began = now
+        self._until = np.inf if refine.until is None else refine.until
+        if refine.budget_ms is not None:
+            self._until = min(self._until, now + refine.budget_ms / 1000)
         self._highest = -np.inf
         self._trace: list[float] = []
         self._stopped: Stopped | None = None
@@ -92,7 +94,7 @@ class Ascent:
             self._stopped = "steps"
         elif refine.tolerance is not None and gain < refine.tolerance:
             self._stopped = "tolerance"
-        elif refine.budget_ms is not None and (now - self._began) * 1000 >= refine.budget_ms:
+        elif now >= self._until:
             self._stopped = "budget"
         elif not finite:
             self._stopped = "diverged"

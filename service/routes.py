@@ -3,21 +3,25 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
 
 from fastapi import APIRouter, Request, Response
 
+from model.bundle import Manifest
 from service import answers, body
 from service.answers import Result
-from service.calls import Call, Item, Rejected
-from service.engine import EngineFailed, Outcome, QueueFull, Refine, Work
+from service.bundles import Bundles
+from service.calls import Call, Item, Rejected, parse
+from service.engine import Refine, Work
 from service.errors import Fault, Problem
 from service.schemas import CallOptions, EmbedAnswer, EmbedOptions, GenerateAnswer, GenerateOptions
 from service.serving import Serving
+from service.settings import Settings
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
-RETRY_AFTER_MS = 250
+EARLY = 0.9
+"""Refinement with a budget ends when this part of the deadline is spent: what follows takes time too."""
 STAGES = ("queue", "decode", "encode", "refine", "generate")
 
 O = TypeVar("O", bound=CallOptions)  # noqa: E741
@@ -29,29 +33,29 @@ router = APIRouter()
 async def embed(request: Request) -> Response:
     """One embedding for each item, from whatever modalities it has. Also takes one sample as multipart/form-data, a part per
     modality, with the options as query parameters or in a part named options."""
-    serving: Serving = request.app.state.serving
-    async with deadline(request, serving):
-        call, decode_seconds = await _read(request, serving, EmbedOptions)
+    bundles: Bundles = request.app.state.bundles
+    async with deadline(request, bundles.settings) as until:
+        serving, call, decode_seconds = await _read(request, bundles, EmbedOptions)
         options = call.options
         sample = options.representation == "sample"
         works = [
-            Work(item.row, options.seed, item.index, _refine(options), sample_embedding=sample)
+            Work(item.row, options.seed, item.index, _refine(options, until), sample_embedding=sample)
             for item in call.items
             if isinstance(item, Item)
         ]
-        results = await run(request, serving, call, works)
+        manifest, results = await run(request, bundles, serving, call, works)
         started = time.perf_counter()
-        content = answers.embed(serving.manifest, options, results, _rejected(call), request.state.request_id)
-        serving.metrics.stage("serialize", time.perf_counter() - started)
+        content = answers.embed(manifest, options, results, _rejected(call), request.state.request_id)
+        bundles.metrics.stage("serialize", time.perf_counter() - started)
     return answer(request, content, results, decode_seconds)
 
 
 @router.post("/cross-generate", response_model=GenerateAnswer, summary="Generate modalities from those that are there")
 async def cross_generate(request: Request) -> Response:
     """Values of the target modalities for each item. Also takes one sample as multipart/form-data, as /embed does."""
-    serving: Serving = request.app.state.serving
-    async with deadline(request, serving):
-        call, decode_seconds = await _read(request, serving, GenerateOptions)
+    bundles: Bundles = request.app.state.bundles
+    async with deadline(request, bundles.settings) as until:
+        serving, call, decode_seconds = await _read(request, bundles, GenerateOptions)
         options = call.options
         call, targets = _aim(serving, call)
         works = [
@@ -59,7 +63,7 @@ async def cross_generate(request: Request) -> Response:
                 item.row,
                 options.seed,
                 item.index,
-                _refine(options),
+                _refine(options, until),
                 targets=targets[item.index],
                 num_samples=options.num_samples,
                 latent=options.latent,
@@ -68,31 +72,28 @@ async def cross_generate(request: Request) -> Response:
             for item in call.items
             if isinstance(item, Item)
         ]
-        results = await run(request, serving, call, works)
+        manifest, results = await run(request, bundles, serving, call, works)
         started = time.perf_counter()
-        content = await serving.in_thread(
-            answers.generate, serving.manifest, options, results, _rejected(call), request.state.request_id
+        content = await bundles.in_thread(
+            answers.generate, manifest, options, results, _rejected(call), request.state.request_id
         )
-        serving.metrics.stage("serialize", time.perf_counter() - started)
+        bundles.metrics.stage("serialize", time.perf_counter() - started)
     return answer(request, content, results, decode_seconds)
 
 
-async def _read(request: Request, serving: Serving, options: type[O]) -> tuple[Call[O], float]:
-    serving.require_ready()
-    content = await body.read(request, serving.settings.max_body_bytes)
+async def _read(request: Request, bundles: Bundles, options: type[O]) -> tuple[Serving, Call[O], float]:
+    """The bundle, the call, and the seconds it took to decode. One hop to a thread for all items: a hop costs more than one."""
+    bundles.admit()
+    content = await body.read(request, bundles.settings.max_body_bytes)
     query = request.query_params.multi_items()
-    return await decode(serving, lambda: serving.reader.read(content, query, options, request.state.charge))
 
+    def read() -> tuple[Serving, Call[O]]:
+        asked = parse(content, query, options, bundles.most_values)
+        serving = bundles.choose(asked.options.model)
+        return serving, serving.reader.read(asked, request.state.charge)
 
-async def decode(serving: Serving, read: Callable[[], Call[O]]) -> tuple[Call[O], float]:
-    """The call, and the seconds it took to decode. One hop to a thread for all items: a hop costs more than one."""
-    started = time.perf_counter()
-    call = await serving.in_thread(read)
-    seconds = time.perf_counter() - started
-    serving.metrics.stage("decode", seconds)
-    if call.options.model is not None:
-        serving.require_name(call.options.model)
-    return call, seconds
+    (serving, call), seconds = await bundles.decode(read)
+    return serving, call, seconds
 
 
 def _aim(serving: Serving, call: Call[GenerateOptions]) -> tuple[Call[GenerateOptions], dict[int, tuple[str, ...]]]:
@@ -116,14 +117,17 @@ def _aim(serving: Serving, call: Call[GenerateOptions]) -> tuple[Call[GenerateOp
                 continue
         items.append(item)
     wanted = call.options.num_samples * sum(map(len, targets.values()))
-    if wanted > serving.settings.max_samples:
-        detail = f"{wanted} values (items x targets x num_samples); at most {serving.settings.max_samples} in one request"
+    most = serving.settings.max_samples
+    if wanted > most:
+        detail = f"{wanted} values (items x targets x num_samples); at most {most} in one request"
         raise Problem.of([Fault("/num_samples", "out_of_range", detail)])
     return Call(call.options, items), targets
 
 
-async def run(request: Request, serving: Serving, call: Call[O], works: list[Work]) -> list[Result]:
-    """The results of the items that were not rejected.
+async def run(
+    request: Request, bundles: Bundles, chosen: Serving, call: Call[O], works: list[Work]
+) -> tuple[Manifest, list[Result]]:
+    """The results of the items that were not rejected, and the manifest of the bundle they are of.
 
     Raises:
         Problem: an item was rejected and the caller wants all or nothing; the queue is full; the engine failed.
@@ -133,44 +137,21 @@ async def run(request: Request, serving: Serving, call: Call[O], works: list[Wor
         faults = [fault for one in rejected for fault in one.problem.faults]
         raise Problem.of(faults)
     for one in rejected:
-        serving.metrics.rejections.labels(one.problem.code).inc()
+        bundles.metrics.rejections.labels(one.problem.code).inc()
     items = [item for item in call.items if isinstance(item, Item)]
-    try:
-        if call.options.refine.steps:
-            outcomes = await _unless_gone(request, serving.engine.submit(works))
-        else:
-            outcomes = await serving.engine.submit(works)
-    except QueueFull as error:
-        raise Problem("queue_full", str(error), retry_after_ms=error.retry_after_ms) from error
-    except EngineFailed as error:
-        raise Problem("engine_failed", "inference failed: it may succeed later", retry_after_ms=RETRY_AFTER_MS) from error
+    serving = bundles.current(chosen, call.options.model)
+    request.state.model_version = serving.manifest.version
+    outcomes = await serving.submit(works)
     for item in items:
-        serving.metrics.items.labels("+".join(item.row)).inc()
-    return list(zip(items, outcomes, strict=True))
-
-
-async def _unless_gone(request: Request, submission: Coroutine[Any, Any, list[Outcome]]) -> list[Outcome]:
-    """The outcomes, or an early end of the work when nobody waits for it any more. Only refinement lasts that long."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    work, watch = asyncio.ensure_future(submission), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise Problem("client_gone", "the client closed the connection")
-        return work.result()
-    finally:
-        work.cancel()
-        watch.cancel()
+        bundles.metrics.items.labels("+".join(item.row)).inc()
+    return serving.manifest, list(zip(items, outcomes, strict=True))
 
 
 @contextlib.asynccontextmanager
-async def deadline(request: Request, serving: Serving) -> AsyncIterator[None]:
-    """Ends the work when its time is up: the server's limit, or a shorter one that the caller names."""
-    limit = serving.settings.request_timeout_ms
+async def deadline(request: Request, settings: Settings) -> AsyncIterator[float]:
+    """Ends the work when its time is up: the server's limit, or a shorter one that the caller names. Yields when whatever can
+    end early should, in monotonic seconds."""
+    limit = settings.request_timeout_ms
     asked = request.headers.get(TIMEOUT_HEADER)
     if asked is not None:
         if not (asked.isascii() and asked.isdigit() and int(asked[:16]) > 0):
@@ -178,14 +159,21 @@ async def deadline(request: Request, serving: Serving) -> AsyncIterator[None]:
         limit = min(limit, int(asked[:16]))
     try:
         async with asyncio.timeout(limit / 1000):
-            yield
+            yield time.monotonic() + EARLY * limit / 1000
     except TimeoutError as error:
         raise Problem("deadline_passed", f"no answer within {limit} ms: send fewer items or ask for fewer steps") from error
 
 
-def _refine(options: CallOptions) -> Refine:
+def _refine(options: CallOptions, until: float) -> Refine:
+    """Who names a budget wants the best there is in time rather than a 504."""
     asked = options.refine
-    return Refine(steps=asked.steps, tolerance=asked.tolerance, budget_ms=asked.budget_ms, trace=asked.trace)
+    return Refine(
+        steps=asked.steps,
+        tolerance=asked.tolerance,
+        budget_ms=asked.budget_ms,
+        until=until if asked.budget_ms is not None else None,
+        trace=asked.trace,
+    )
 
 
 def _rejected(call: Call[O]) -> list[Rejected]:

@@ -179,7 +179,9 @@ class ModelAnswer(BaseModel):
     created: int = Field(description="Unix time.")
     owned_by: str
     version: str
-    state: Literal["ready", "failing"]
+    state: Literal["ready", "failing", "failed"] = Field(
+        description="failing: see /readyz. failed: what lies in its folder now could not be loaded, and this one is served on."
+    )
     latent: int = Field(description="Dimensions of an embedding.")
     modalities: list[dict[str, Any]]
     capabilities: list[str]

@@ -1,40 +1,156 @@
-"""uvicorn as this service runs it."""
+"""uvicorn as this service runs it: how connections come, how long they may take, and how all of it ends."""
 
+import asyncio
+import functools
 import math
+import os
+import signal
 import socket
+import threading
 import uuid
+from time import monotonic
+from types import FrameType
+from typing import Any
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
-from service.errors import Problem
+from service.errors import CODES, Problem
 from service.settings import Settings
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than balancers keep a connection that nobody uses, so that they close it and not we, while they send."""
+LINGER_SECONDS = 1.0
+"""At the end an unused connection may still bring one request for so long."""
+FORCED = 1
+
+log = structlog.get_logger(__name__)
+
+
+class State(ServerState):
+    """What all connections share."""
+
+    draining = False
 
 
 class Protocol(HttpToolsProtocol):
-    """Answers bytes that are no HTTP request, which no application gets to see, with a problem object too."""
+    """One connection.
+
+    Args:
+        head_seconds: for the headers of a request.
+        body_seconds: for the rest of it. The application answers before; this ends who goes on sending.
+    """
+
+    def __init__(self, *args: Any, head_seconds: float, body_seconds: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_seconds = head_seconds
+        self._body_seconds = body_seconds
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._within(self._head_seconds, transport.close)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._within(self._head_seconds, self._late)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if getattr(self.server_state, "draining", False):
+            self.cycle.keep_alive = False  # the answer says so, and the client asks elsewhere next
+        self._within(self._body_seconds, self.transport.close)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._within(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._within(None)
+        super().connection_lost(exc)
+        if self.cycle is not None and not self.cycle.response_complete:
+            state = self.cycle.scope["state"]
+            task = state.get("task")
+            if task is not None:
+                state["gone"] = True
+                task.cancel()
+
+    def shutdown(self) -> None:
+        """Leaves an unused connection open for a moment: who is just sending must not meet a closed one."""
+        if self.cycle is None or self.cycle.response_complete:
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(LINGER_SECONDS, self.timeout_keep_alive_handler)
+        else:
+            self.cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
-        answer = Problem("bad_request", msg).answer(uuid.uuid4().hex)
+        """To bytes that are no HTTP request, which no application gets to see, the answer is a problem object too."""
+        self._refuse(Problem("bad_request", msg))
+
+    def _late(self) -> None:
+        self._refuse(Problem("request_timeout", f"the headers were not there within {self._head_seconds:g} s"))
+
+    def _refuse(self, problem: Problem) -> None:
+        answer = problem.answer(uuid.uuid4().hex)
         head = b"".join(b"%s: %s\r\n" % header for header in answer.raw_headers)
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%sconnection: close\r\n\r\n%s" % (head, answer.body))
+        status = f"HTTP/1.1 {problem.status} {CODES[problem.code][1]}\r\n".encode()
+        self.transport.write(b"%s%sconnection: close\r\n\r\n%s" % (status, head, answer.body))
         self.transport.close()
+
+    def _within(self, seconds: float | None, otherwise: Any = None) -> None:
+        """Do this unless the next step comes in time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self.loop.call_later(seconds, otherwise)
+
+
+class Server(uvicorn.Server):
+    """SIGTERM: not ready at once, but serving on while balancers find out, then no more connections, then the end of what is in
+    flight. SIGINT leaves the second part out. A second signal ends the process on the spot. SIGHUP looks for new bundles."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(configure(app, settings))
+        self.server_state: State = State()
+        self._bundles = app.state.bundles
+        self._drain_delay = settings.drain_delay_ms / 1000
+        self._leave_at: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._bundles.reload)
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._leave_at is not None:
+            os._exit(FORCED)
+        self._captured_signals.append(sig)
+        self._leave_at = monotonic() + (self._drain_delay if sig == signal.SIGTERM and self.started else 0)
+        self._bundles.draining = self.server_state.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._leave_at is not None and monotonic() >= self._leave_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """When asked to end, the server waits as long as a request may take, no longer."""
+    """Of a server that waits ``grace_ms`` at its end, no longer."""
+    times = {"head_seconds": settings.head_timeout_ms / 1000, "body_seconds": settings.request_timeout_ms / 1000 + 1}
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http=Protocol,
+        http=functools.partial(Protocol, **times),  # type: ignore[arg-type]  # all it does is call it
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=math.ceil(settings.request_timeout_ms / 1000),
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(settings.grace_ms / 1000),
     )
 
 

@@ -1,32 +1,24 @@
 """A bundle that is being served: its runtime, its engine, and whether both are fit for requests."""
 
 import asyncio
-import functools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
 
-import numpy as np
 import structlog
 
 from model import codec
-from model.bundle import BundleError, Manifest
-from model.runtime import Posterior, Runtime
+from model.bundle import Manifest
+from model.runtime import Runtime
 from service.calls import Reader
-from service.engine import Engine
+from service.engine import Engine, EngineFailed, Outcome, QueueFull, Work
 from service.errors import Problem
+from service.exercise import exercise
 from service.settings import Settings
 from service.telemetry import Metrics
 
 log = structlog.get_logger(__name__)
 
-HEARTBEAT_SECONDS = 5.0
-"""An inference thread that is silent for longer is taken for dead. Many times one run of a graph."""
 GRACE_SECONDS = 5.0
 PENDING = "not run yet"
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Serving:
@@ -40,76 +32,94 @@ class Serving:
     def __init__(self, runtime: Runtime, settings: Settings, metrics: Metrics) -> None:
         self.runtime = runtime
         self.settings = settings
-        self.metrics = metrics
-        self.engine = Engine(runtime, max_queue_items=settings.max_queue_items, max_batch=settings.max_batch, observer=metrics)
+        self.engine = Engine(
+            runtime,
+            max_queue_items=settings.max_queue_items,
+            max_batch=settings.max_batch,
+            max_failures=settings.circuit_failures,
+            probe_seconds=settings.circuit_probe_ms / 1000,
+            observer=metrics,
+        )
         self.reader = Reader(
             runtime.modalities,
             codec.Limits(image_pixels=settings.max_pixels),
             max_items=settings.max_items,
             max_refine_steps=settings.max_refine_steps,
         )
-        self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._prepared = {"bundle": "ok", "warmed": PENDING, "golden": PENDING}
 
     @property
     def manifest(self) -> Manifest:
         return self.runtime.bundle.manifest
 
+    @property
+    def label(self) -> str:
+        """name@version."""
+        return f"{self.manifest.name}@{self.manifest.version}"
+
     async def start(self) -> None:
         """Start the inference thread, run every graph once at a few batch sizes, replay the golden examples.
 
-        What fails here is named by ``checks`` and keeps the service from being ready; the process stays, so that a person can
+        What fails here is named by ``checks`` and keeps the bundle from being ready; the process stays, so that a person can
         ask it what is wrong.
         """
         self.engine.start()
         for check, run in (("warmed", self._warm), ("golden", self.runtime.replay_golden)):
             try:
-                await self.in_thread(run)
+                await asyncio.to_thread(run)
                 self._prepared[check] = "ok"
-            except BundleError as error:
+            except Exception as error:  # a graph raises whatever it likes
                 self._prepared[check] = "failed: see the log"
-                log.error("not ready", check=check, reason=str(error))
+                log.error("not ready", bundle=self.label, check=check, reason=str(error))
 
-    async def stop(self) -> None:
-        """End the inference thread, which first finishes what it can in ``GRACE_SECONDS``."""
-        await asyncio.to_thread(self.engine.stop, GRACE_SECONDS)
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    async def in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run what would hold up the event loop in one of the few decode threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(function, *args, **kwargs))
+    async def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """End the inference thread, which first finishes what it can in ``grace`` seconds."""
+        await asyncio.to_thread(self.engine.stop, grace)
 
     def alive(self) -> str:
-        """The inference thread's check."""
+        """The inference thread's check: that it is there and beats. Never depends on load."""
+        if not self.engine.running:
+            return "the inference thread has ended"
         age = self.engine.heartbeat_age
-        return "ok" if age <= HEARTBEAT_SECONDS else f"the inference thread was last heard {age:.0f} s ago"
+        return "ok" if age <= self.settings.heartbeat_ms / 1000 else f"the inference thread was last heard {age:.0f} s ago"
 
     def checks(self) -> dict[str, str]:
         """Everything that readiness asks for, each "ok" or what is wrong."""
-        return {**self._prepared, "inference": self.alive()}
+        return {**self._prepared, "inference": self.alive(), "circuit": self.engine.trouble or "ok"}
 
     def ready(self) -> bool:
         return all(answer == "ok" for answer in self.checks().values())
 
-    def require_name(self, model: str) -> None:
-        """Raises Problem, 404, unless this is the bundle's name, or name@version."""
-        names = (self.manifest.name, f"{self.manifest.name}@{self.manifest.version}")
-        if model not in names:
-            raise Problem("unknown_model", f"no model of this name is served: there is {' or '.join(names)}")
+    def check(self) -> None:
+        """Raises Problem, 503, where a request of one item would be refused now."""
+        self._require_prepared()
+        try:
+            self.engine.check()
+        except (QueueFull, EngineFailed) as error:
+            raise self._refusal(error) from error
 
-    def require_ready(self) -> None:
-        """Raises Problem, 503, while a check fails."""
-        if not self.ready():
-            raise Problem("not_ready", "the service is not ready: see /readyz", retry_after_ms=1000)
+    async def submit(self, works: Sequence[Work]) -> list[Outcome]:
+        """Outcomes in the order of the works.
+
+        Raises:
+            Problem: 503, the bundle is not fit for requests, the queue is full, or the engine failed.
+        """
+        self._require_prepared()
+        try:
+            return await self.engine.submit(works)
+        except (QueueFull, EngineFailed) as error:
+            raise self._refusal(error) from error
+
+    def _require_prepared(self) -> None:
+        if any(answer != "ok" for answer in self._prepared.values()):
+            raise Problem("not_ready", "the model is not ready: see /readyz", retry_after_ms=1000)
+
+    def _refusal(self, error: QueueFull | EngineFailed) -> Problem:
+        if isinstance(error, QueueFull):
+            return Problem("queue_full", str(error), retry_after_ms=error.retry_after_ms)
+        return Problem("engine_failed", "inference failed: it may succeed later", retry_after_ms=self.settings.circuit_probe_ms)
 
     def _warm(self) -> None:
         """The first run of a graph at a batch size allocates its memory; no request should wait for that."""
         for rows in sorted({1, self.settings.max_batch}):
-            inputs = {m.name: np.zeros((rows, *m.shape), dtype=m.dtype) for m in self.runtime.modalities}
-            present = np.ones((rows, len(self.runtime.modalities)), dtype=bool)
-            posterior = self.runtime.encode(inputs, present)
-            noise = np.zeros((rows, self.runtime.samples, self.runtime.latent), dtype=np.float32)
-            anchor = Posterior(np.zeros_like(posterior.mean), np.zeros_like(posterior.log_var))
-            self.runtime.refine(inputs, present, posterior, anchor, noise)
-            for modality in self.runtime.modalities:
-                self.runtime.decode(modality.name, posterior.mean)
+            exercise(self.runtime, rows)

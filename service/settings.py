@@ -22,10 +22,22 @@ class Settings(BaseSettings):
     bundle: str = Field(
         bundle.DEFAULT_BUNDLE, min_length=1, description="Name of a built-in bundle, or path of a bundle's folder."
     )
+    bundles: Path | None = Field(
+        None, description="Folder of bundles' folders, all of which are served; instead of CONCORD_BUNDLE."
+    )
+    default_model: str | None = Field(
+        None,
+        min_length=1,
+        description="What answers where a request names no model: name or name@version. One name needs none.",
+    )
+    watch_seconds: float = Field(
+        5.0, ge=0, le=86_400, description="Between two looks whether a bundle changed on disk. 0: only at SIGHUP."
+    )
     device: Device = Field("auto", description="auto takes CUDA where it can be had; cuda fails where it cannot.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of one operator. 0: one for each core it may use.")
     decode_threads: int = Field(2, ge=1, le=256, description="Threads that parse bodies and decode pictures.")
     max_body_bytes: int = Field(32 << 20, ge=1024, description="Largest request body.")
+    max_bodies_bytes: int = Field(256 << 20, ge=1024, description="Bodies held at one time; above it requests get 503.")
     max_items: int = Field(32, ge=1, description="Most items in one request.")
     max_pixels: int = Field(16_000_000, ge=1, description="Largest picture, width times height, before it is scaled.")
     max_samples: int = Field(256, ge=1, description="Most values generated in one request: items x targets x num_samples.")
@@ -42,6 +54,21 @@ class Settings(BaseSettings):
         None, ge=0, le=65535, description="Moves /metrics and /openapi.json to this port, where no key is asked for."
     )
     request_timeout_ms: int = Field(20_000, ge=1, le=3_600_000, description="Longest time of a request; then it gets 504.")
+    head_timeout_ms: int = Field(10_000, ge=1, le=3_600_000, description="Longest time until a request's headers are there.")
+    drain_delay_ms: int = Field(
+        5_000, ge=0, le=3_600_000, description="After SIGTERM: serve on for so long, so that balancers see /readyz fail first."
+    )
+    grace_ms: int = Field(20_000, ge=1, le=3_600_000, description="Then: finish what is in flight for so long at most.")
+    circuit_failures: int = Field(5, ge=1, description="Batches that all fail, in a row, before requests get 503 at once.")
+    circuit_probe_ms: int = Field(
+        2_000, ge=1, le=3_600_000, description="Then: between two looks whether the model works again."
+    )
+    heartbeat_ms: int = Field(
+        5_000,
+        ge=1000,
+        le=3_600_000,
+        description="An inference thread that is silent for longer fails /livez: many times one run.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs every request.")
     log_format: Literal["json", "text"] = Field("json", description="text is for people at a terminal.")
 
@@ -54,7 +81,22 @@ class Settings(BaseSettings):
     def _a_request_fits(self) -> "Settings":
         if self.max_items > self.max_queue_items:
             raise ValueError(f"max_items={self.max_items} is more than max_queue_items={self.max_queue_items} can ever hold")
+        if self.max_body_bytes > self.max_bodies_bytes:
+            raise ValueError(f"max_body_bytes={self.max_body_bytes} is more than max_bodies_bytes={self.max_bodies_bytes}")
         return self
+
+    def bundle_folders(self) -> list[Path]:
+        """Folders of the bundles to serve, in the order of their names.
+
+        Raises:
+            bundle.BundleError: there is none.
+        """
+        if self.bundles is None:
+            return [self.bundle_path()]
+        found = sorted(file.parent for file in self.bundles.glob(f"*/{bundle.MANIFEST}") if file.parent.name[0] != ".")
+        if not found:
+            raise bundle.BundleError(f"{self.bundles}: holds no bundles, which are folders with a {bundle.MANIFEST}")
+        return found
 
     def bundle_path(self) -> Path:
         """Folder of the bundle: a path where one is given (it has a separator or exists), else a built-in name.

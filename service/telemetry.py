@@ -1,5 +1,6 @@
 """What an operator sees: Prometheus metrics, and a JSON log line for each request that failed. Never what a request held."""
 
+import asyncio
 import logging
 import re
 import sys
@@ -12,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Problem, respond
+from service.errors import CODES, Problem, respond
 from service.settings import Settings
 from service.work import Refinement
 
@@ -28,11 +29,10 @@ class Metrics:
     """The metrics of one app, in a registry of its own. It observes the engine; labels take values of bounded sets only.
 
     Args:
-        facts: labels of ``concord_bundle_info``: name, version, hash, device.
         build: labels of ``concord_build_info``: versions.
     """
 
-    def __init__(self, facts: dict[str, str], build: dict[str, str]) -> None:
+    def __init__(self, build: dict[str, str]) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.duration = Histogram(
@@ -53,7 +53,6 @@ class Metrics:
         self.stops = Counter("concord_refine_stops", "Why refinement ended.", ("reason",), registry=registry)
         self.depth = Gauge("concord_queue_depth", "Items that wait.", registry=registry)
         self.ready = Gauge("concord_ready", "1: every readiness check passes.", registry=registry)
-        Info("concord_bundle", "The bundle that is served.", registry=registry).info(facts)
         Info("concord_build", "What this process is made of.", registry=registry).info(build)
 
     def batch(self, size: int) -> None:
@@ -89,7 +88,7 @@ class Telemetry:
         routes: paths to name in the metrics where a request is refused before it reaches its route.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, model_version: str, routes: Collection[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, model_version: Callable[[], str], routes: Collection[str] = ()) -> None:
         self.app = app
         self.metrics = metrics
         self.model_version = model_version
@@ -104,6 +103,7 @@ class Telemetry:
         request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        state["task"] = asyncio.current_task()  # which the connection cancels when the client goes
         status = 0
 
         async def observed(message: Message) -> None:
@@ -112,13 +112,22 @@ class Telemetry:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                headers["X-Model-Version"] = self.model_version
+                headers["X-Model-Version"] = state.get("model_version") or self.model_version()
                 self._record(scope, status, time.perf_counter() - started)
             await send(message)
 
         with self.metrics.in_flight.track_inprogress():
             try:
                 await self.app(scope, receive, observed)
+            except asyncio.CancelledError:
+                # Not raised again: the task ends here, and what is above would log it as a fault.
+                if state.get("gone"):
+                    state["code"] = "client_gone"
+                    if not status:
+                        self._record(scope, CODES["client_gone"][0], time.perf_counter() - started)
+                elif not status:
+                    stopping = Problem("not_ready", "the server is stopping: ask another one", retry_after_ms=1000)
+                    await respond(scope, stopping)(scope, receive, observed)
             except Exception as error:
                 # The message may quote the request, so the log gets the place alone.
                 log.error("request broke", request_id=request_id, error=type(error).__name__, at=_place(error))

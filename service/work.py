@@ -20,7 +20,9 @@ class Refine:
     tolerance: float | None = None
     """Nats: stop after a step that gained less."""
     budget_ms: float | None = None
-    """Milliseconds on the wall clock since refinement began."""
+    """Milliseconds since refinement began."""
+    until: float | None = None
+    """Seconds, monotonic: the budget is spent then too."""
     trace: bool = False
 
 
@@ -88,7 +90,3 @@ class QueueFull(Exception):  # noqa: N818 - a state, not a mistake
 
 class EngineFailed(Exception):  # noqa: N818
     """A graph raised, or the thread that runs them is gone. The cause is chained."""
-
-
-class Retired(EngineFailed):
-    """The engine takes no more because another one has its place. Nothing of the request was done: ask that one."""

@@ -11,13 +11,12 @@ import httpx
 import jsonschema
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 
 from model import bundle
 from model.runtime import Runtime
 from service.app import create
-from service.server import bind, configure
+from service.server import Server, bind
 from service.settings import Settings
 
 
@@ -34,9 +33,9 @@ def serve(runtime: Runtime) -> Callable[..., contextlib.AbstractContextManager[h
     def serve(opened: Runtime = runtime, **settings: Any) -> Iterator[httpx.Client]:
         asked = Settings(**settings)
         operators = bind("127.0.0.1", asked.admin_port) if asked.admin_port is not None else None
-        app = create(opened, asked, operators)
+        app = create([opened], asked, operators)
         listener = bind("127.0.0.1", 0)
-        server = uvicorn.Server(configure(app, asked))
+        server = Server(app, asked)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -37,7 +37,7 @@ def test_the_document_is_served(client: httpx.Client) -> None:
 
 
 def test_before_its_lifespan_an_app_is_not_ready(runtime: Runtime) -> None:
-    app = create(runtime, Settings())
-    checks = app.state.serving.checks()
-    assert checks["golden"] != "ok"
-    assert not app.state.serving.ready()
+    app = create([runtime], Settings())
+    checks = app.state.bundles.checks()
+    assert checks["digits@" + runtime.bundle.manifest.version + "/golden"] != "ok"
+    assert not app.state.bundles.ready()

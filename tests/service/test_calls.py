@@ -12,7 +12,7 @@ import pytest
 from model.codec import Limits
 from model.modality import BinaryModality, ImageModality, TextModality, VectorModality
 from service.body import Form
-from service.calls import Call, Item, Reader, Rejected
+from service.calls import Call, Item, Reader, Rejected, parse
 from service.errors import Problem
 from service.schemas import EmbedOptions, GenerateOptions
 
@@ -30,7 +30,7 @@ READER = Reader(
 
 
 def read(item: dict[str, Any], query: list[tuple[str, str]] | None = None) -> Call[EmbedOptions]:
-    return READER.read(orjson.dumps({"inputs": [item]}), query or [], EmbedOptions)
+    return READER.read(parse(orjson.dumps({"inputs": [item]}), query or [], EmbedOptions, READER.most_values))
 
 
 def test_rows_come_in_the_bundles_order_with_what_they_used() -> None:
@@ -55,7 +55,7 @@ def test_rows_come_in_the_bundles_order_with_what_they_used() -> None:
     ],
 )
 def test_a_forms_fields_hold_json_for_numbers(sample: dict[str, str | bytes]) -> None:
-    (item,) = READER.read(Form(sample, None), [], EmbedOptions).items
+    (item,) = READER.read(parse(Form(sample, None), [], EmbedOptions, READER.most_values)).items
     assert isinstance(item, Item)
     np.testing.assert_array_equal(item.row["sensor"], np.float32([1, 2, 3]))
     np.testing.assert_array_equal(item.row["face"], np.float32([1, 0]))
@@ -68,20 +68,20 @@ def test_a_fault_within_a_value_has_its_place() -> None:
 
 
 def test_an_items_fault_is_no_fault_of_the_call() -> None:
-    call = READER.read(orjson.dumps({"inputs": [{"word": "a"}, {"word": 1}]}), [], EmbedOptions)
+    call = READER.read(parse(orjson.dumps({"inputs": [{"word": "a"}, {"word": 1}]}), [], EmbedOptions, READER.most_values))
     assert [type(item) for item in call.items] == [Item, Rejected]
 
 
 def test_the_query_names_options_with_dots_and_the_body_overrules_each() -> None:
     body = orjson.dumps({"inputs": [{"word": "a"}], "refine": {"steps": 3}, "seed": 1})
     query = [("refine.steps", "5"), ("refine.tolerance", "0.5"), ("seed", "9"), ("normalize", "true")]
-    options = READER.read(body, query, EmbedOptions).options
+    options = READER.read(parse(body, query, EmbedOptions, READER.most_values)).options
     assert (options.refine.steps, options.refine.tolerance, options.seed, options.normalize) == (3, 0.5, 1, True)
 
 
 def test_a_list_in_the_query_is_a_name_repeated() -> None:
     query = [("targets", "face"), ("targets", "photo"), ("output.image", "webp")]
-    options = READER.read(orjson.dumps({"inputs": [{"word": "a"}]}), query, GenerateOptions).options
+    options = READER.read(parse(orjson.dumps({"inputs": [{"word": "a"}]}), query, GenerateOptions, READER.most_values)).options
     assert (options.targets, options.output.image) == (["face", "photo"], "webp")
 
 
@@ -108,7 +108,7 @@ def test_a_bad_query_is_told_where(name: str, value: str, pointer: str) -> None:
 
 def test_a_null_option_is_not_a_default() -> None:
     with pytest.raises(Problem, match="/refine"):
-        READER.read(orjson.dumps({"inputs": [{"word": "a"}], "refine": None}), [], EmbedOptions)
+        READER.read(parse(orjson.dumps({"inputs": [{"word": "a"}], "refine": None}), [], EmbedOptions, READER.most_values))
 
 
 BAD = [

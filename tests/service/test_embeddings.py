@@ -16,7 +16,7 @@ import pytest
 from model.codec import Limits
 from model.modality import ImageModality, Modality, TextModality
 from service.calls import Item, Reader
-from service.embeddings import read
+from service.embeddings import parse, read
 from service.errors import Problem
 
 Serve = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
@@ -199,12 +199,12 @@ PHOTO = ImageModality(name="photo", channels=3, height=4, width=4)
 def test_a_string_without_a_place_to_go(modalities: tuple[Modality, ...], told: str) -> None:
     reader = Reader(modalities, Limits(), max_items=2, max_refine_steps=0)
     with pytest.raises(Problem, match=told):
-        read(reader, 8, b'{"input": "abc"}', lambda _: None)
+        read(reader, 8, *parse(b'{"input": "abc"}', 9), lambda _: None)
 
 
 def test_with_several_texts_an_object_says_which() -> None:
     reader = Reader((WORD, PHOTO, TITLE), Limits(), max_items=2, max_refine_steps=0)
-    (item,) = read(reader, 8, orjson.dumps({"input": [{"title": "abc"}]}), lambda _: None).items
+    (item,) = read(reader, 8, *parse(orjson.dumps({"input": [{"title": "abc"}]}), 9), lambda _: None).items
     assert isinstance(item, Item)
     assert list(item.row) == ["title"]
 
@@ -218,5 +218,5 @@ def test_items_are_charged_before_they_are_decoded() -> None:
 
     reader = Reader((WORD,), Limits(), max_items=2, max_refine_steps=0)
     with pytest.raises(Problem, match="no"):
-        read(reader, 8, b'{"input": ["?", "?"]}', charge)
+        read(reader, 8, *parse(b'{"input": ["?", "?"]}', 9), charge)
     assert charged == [2]

@@ -1,17 +1,26 @@
 import httpx
 import pytest
 
+from model.runtime import Runtime
+
+
+@pytest.fixture
+def label(runtime: Runtime) -> str:
+    manifest = runtime.bundle.manifest
+    return f"{manifest.name}@{manifest.version}"
+
 
 @pytest.mark.parametrize("path", ["/livez", "/healthz", "/v2/health/live"])
-def test_alive(client: httpx.Client, path: str) -> None:
+def test_alive(client: httpx.Client, label: str, path: str) -> None:
     response = client.get(path)
-    assert (response.status_code, response.json()) == (200, {"status": "ok", "checks": {"inference": "ok"}})
+    assert (response.status_code, response.json()) == (200, {"status": "ok", "checks": {f"{label}/inference": "ok"}})
 
 
 @pytest.mark.parametrize("path", ["/readyz", "/v2/health/ready"])
-def test_ready_names_each_check(client: httpx.Client, path: str) -> None:
+def test_ready_names_each_check(client: httpx.Client, label: str, path: str) -> None:
     response = client.get(path)
-    checks = dict.fromkeys(("bundle", "warmed", "golden", "inference"), "ok")
+    names = ["accepting", *(f"{label}/{name}" for name in ("bundle", "warmed", "golden", "inference", "circuit"))]
+    checks = dict.fromkeys(names, "ok")
     assert (response.status_code, response.json()) == (200, {"status": "ok", "checks": checks})
 
 

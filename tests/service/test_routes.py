@@ -255,7 +255,7 @@ def test_a_deadline_that_is_no_number(client: httpx.Client, asked: str) -> None:
 
 def test_a_full_queue_says_when_to_come_back(serve: Serve) -> None:
     with serve(max_queue_items=2, max_items=2) as client:
-        engine = client.app.state.serving.engine  # type: ignore[attr-defined]
+        engine = client.app.state.bundles.choose(None).engine  # type: ignore[attr-defined]
         busy = {"inputs": [{"word": "one"}] * 2, "refine": {"steps": 64}}
         with ThreadPoolExecutor(8) as pool:
             answers = [f.result() for f in [pool.submit(client.post, "/embed", json=busy) for _ in range(8)]]

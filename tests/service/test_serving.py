@@ -1,6 +1,5 @@
 import contextlib
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 from model import bundle
 from model.runtime import Runtime
-from service import serving
 
 Serve = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
 
@@ -38,25 +36,10 @@ def test_golden_examples_that_differ_keep_the_service_from_being_ready(serve: Se
         ready = client.get("/readyz")
         assert ready.status_code == 503
         checks = ready.json()["checks"]
-        assert {name for name, answer in checks.items() if answer != "ok"} == {"golden"}
+        assert [name.partition("/")[2] for name, answer in checks.items() if answer != "ok"] == ["golden"]
         assert client.get("/livez").status_code == 200
         refused = client.post("/embed", json={"inputs": [{"word": "one"}]})
         assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
         assert int(refused.headers["retry-after"]) >= 1
         assert client.get("/v1/models").json()["data"][0]["state"] == "failing"
         assert "concord_ready 0.0" in client.get("/metrics").text
-
-
-def test_a_silent_inference_thread_is_found(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "HEARTBEAT_SECONDS", 0.8)
-    with serve() as client:
-        assert client.get("/livez").status_code == 200
-        client.app.state.serving.engine.stop()  # type: ignore[attr-defined]
-        failed = client.post("/embed", json={"inputs": [{"word": "one"}]})
-        assert (failed.status_code, failed.json()["code"]) == (503, "engine_failed")
-        time.sleep(1)
-        for path in ("/livez", "/healthz", "/v2/health/live", "/readyz", "/v2/health/ready"):
-            response = client.get(path)
-            assert response.status_code == 503, path
-            assert "inference" in response.json()["checks"]
-        assert client.post("/embed", json={"inputs": [{"word": "one"}]}).json()["code"] == "not_ready"

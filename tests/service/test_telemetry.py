@@ -15,7 +15,7 @@ from service.telemetry import Interrupted, Metrics, Telemetry, configure_logging
 
 
 def metrics() -> Metrics:
-    return Metrics({"name": "x"}, {"version": "0"})
+    return Metrics({"version": "0"})
 
 
 def value(text: str, name: str, **labels: str) -> float:
@@ -103,7 +103,7 @@ def broken(started: bool) -> Telemetry:
             await send({"type": "http.response.start", "status": 200, "headers": []})
         raise ValueError("the word was swordfish")
 
-    return Telemetry(app, metrics(), "1")
+    return Telemetry(app, metrics(), lambda: "1")
 
 
 def get(app: Telemetry) -> httpx.Response:
