@@ -26,7 +26,7 @@ train: $(VENV)/.dev-$(ORT)
 # Rewrites what is generated: the README's results and answers, and the OpenAPI document.
 report: $(VENV)/.dev-$(ORT) openapi
 	$(BIN)/python -m training report
-	$(BIN)/python tests/readme.py
+	$(BIN)/python -m tests.readme
 
 openapi: $(VENV)/.dev-$(ORT)
 	$(BIN)/python -m service openapi > openapi/openapi.json

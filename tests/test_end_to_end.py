@@ -5,17 +5,13 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,56 +19,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+from tests.server import Service, running, start
+
 HUNDRED_MB = 100_000_000
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "service", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "CONCORD_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@contextlib.contextmanager
-def running(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A ready server on a free port."""
-    process = start("--port", "0", *arguments, **environment)
-    try:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        line = process.stdout.readline()
-        assert line, process.stderr.read()
-        with httpx.Client(base_url=f"http://127.0.0.1:{json.loads(line)['port']}", timeout=20, trust_env=False) as client:
-            wait_until_ready(client)
-            yield process, client
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_until_ready(client: httpx.Client) -> None:
-    for _ in range(400):
-        with contextlib.suppress(httpx.ConnectError):
-            if client.get("/readyz").status_code == 200:
-                return
-        time.sleep(0.05)
-    raise AssertionError("the server did not become ready")
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    with running() as both:
-        yield both
+def server() -> Iterator[Service]:
+    with running() as service:
+        yield service
 
 
 @pytest.fixture
-def client(server: tuple[subprocess.Popen[str], httpx.Client]) -> httpx.Client:
-    return server[1]
+def client(server: Service) -> httpx.Client:
+    return server.client
 
 
 def png(seed: int) -> bytes:
@@ -143,9 +103,9 @@ def test_a_client_that_goes_on_sending_still_gets_the_answer(client: httpx.Clien
 
 
 def test_mixed_requests_from_16_connections_each_get_the_answer_they_get_alone(
-    server: tuple[subprocess.Popen[str], httpx.Client],
+    server: Service,
 ) -> None:
-    process, client = server
+    client = server.client
     values = {"digit": b64(png(1)), "photo": b64(png(2)), "word": "seven"}
     subsets = [s for size in (1, 2, 3) for s in itertools.combinations(values, size)]
     requests = [
@@ -174,23 +134,23 @@ def test_mixed_requests_from_16_connections_each_get_the_answer_they_get_alone(
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(connection, range(16)))
-    resident = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmRSS" in line)
-    assert int(resident.split()[1]) < 400 * 1024, resident
+    assert server.resident() < 400 << 20
 
 
 def test_the_log_tells_failures_and_nothing_of_what_was_sent() -> None:
-    with running(CONCORD_LOG_LEVEL="debug") as (process, client):
+    with running(CONCORD_LOG_LEVEL="debug") as service:
+        client = service.client
         client.post("/embed", json={"inputs": [{"word": "swordfi"}]}, headers={"X-Request-Id": "good-1"})
         client.post("/embed", json={"inputs": [{"swordfish": 1, "id": "swordfish"}]}, headers={"X-Request-Id": "bad-1"})
         client.get("/v1/models/swordfish")
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=20)
-    assert process.returncode == 0
-    lines = {line.get("request_id"): line for line in map(json.loads, out.splitlines())}
+        assert service.stop(signal.SIGTERM) == 0
+        lines = {line.get("request_id"): line for line in service.lines()}
+        assert service.process.stderr is not None
+        told = str(lines) + service.process.stderr.read()
     assert (lines["good-1"]["level"], lines["good-1"]["status"]) == ("debug", 200)
     assert (lines["bad-1"]["level"], lines["bad-1"]["status"], lines["bad-1"]["code"]) == ("info", 422, "unknown_modality")
-    assert "swordfi" not in out + err
-    assert "Traceback" not in out + err
+    assert "swordfi" not in told
+    assert "Traceback" not in told
 
 
 def test_it_starts_within_seconds() -> None:

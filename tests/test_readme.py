@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from model import bundle
-from tests.readme import README, Example, examples, running_service
+from tests.readme import README, Example, examples
+from tests.server import running
 from training.report import results_table
 
 EXAMPLES = examples()
@@ -18,8 +19,8 @@ EXAMPLES = examples()
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with running_service() as address:
-        yield address
+    with running() as service:
+        yield service.address
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[f"{i}" for i in range(len(EXAMPLES))])
