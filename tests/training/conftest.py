@@ -1,5 +1,6 @@
 """Small data for the training tests, drawn here: no file is kept, none is fetched."""
 
+import json
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -82,6 +83,23 @@ def make_config(digits_folder: Path) -> MakeConfig:
         return fields if tables else Config.model_validate(fields)
 
     return make_config
+
+
+@pytest.fixture(scope="session")
+def write_config(make_config: MakeConfig) -> Callable[..., Path]:
+    """The same as a TOML file: ``write_config(file, joint={"epochs": 2})``."""
+
+    def toml(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + "}"
+        return "[" + ", ".join(map(toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
+
+    def write_config(file: Path, **changes: Any) -> Path:
+        fields = make_config(tables=True, **changes)
+        file.write_text("".join(f"{key} = {toml(value)}\n" for key, value in fields.items()))
+        return file
+
+    return write_config
 
 
 def draw_grey(label: int, generator: np.random.Generator) -> Image.Image:
