@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
+from model.modality import Modality
 from model.runtime import Runtime
 from service import admin, contract, embeddings, models, probes, routes
 from service.access import Access
@@ -76,10 +77,14 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
     for router in routers:
         app.include_router(router)
 
+    described: dict[tuple[Modality, ...], dict[str, Any]] = {}
+
     def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = contract.document(app, bundles.modalities(), settings.max_items, keys=bool(keys))
-        return app.openapi_schema
+        modalities = bundles.modalities()  # others when a bundle came since
+        if modalities not in described:
+            described.clear()
+            described[modalities] = contract.document(app, modalities, settings.max_items, keys=bool(keys))
+        return described[modalities]
 
     app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents
     return app

@@ -203,7 +203,9 @@ def _problem(status: int, path: str) -> dict[str, Any]:
 
 def _input(modalities: tuple[Modality, ...]) -> dict[str, Any]:
     """One item: any subset of the modalities, but the empty one."""
-    wire = {m.name: _wire(m) for m in modalities}
+    wire: dict[str, list[dict[str, Any]]] = {}
+    for modality in modalities:  # bundles may use one name for different things
+        wire.setdefault(modality.name, []).extend(_wire(modality))
     return {
         "title": "Input",
         "type": "object",

@@ -117,6 +117,7 @@ class Server(uvicorn.Server):
         self._bundles = app.state.bundles
         self._drain_delay = settings.drain_delay_ms / 1000
         self._leave_at: float | None = None
+        self._told = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -131,8 +132,11 @@ class Server(uvicorn.Server):
         self._bundles.draining = self.server_state.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._leave_at is not None and monotonic() >= self._leave_at:
-            self.should_exit = True
+        if self._leave_at is not None:
+            if not self._told:
+                self._told = True
+                log.warning("stopping", serving_on_for_seconds=round(max(0.0, self._leave_at - monotonic()), 1))
+            self.should_exit = self.should_exit or monotonic() >= self._leave_at
         return await super().on_tick(counter)
 
 

@@ -22,7 +22,7 @@ from service.settings import Settings
 
 @pytest.fixture(scope="session")
 def runtime() -> Runtime:
-    return Runtime.load(bundle.builtin("digits"), device="cpu", threads=1)
+    return Runtime.load(bundle.builtin("digits"), threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +30,10 @@ def serve(runtime: Runtime) -> Callable[..., contextlib.AbstractContextManager[h
     """``with serve(max_items=2) as client``: a server with these settings."""
 
     @contextlib.contextmanager
-    def serve(opened: Runtime = runtime, **settings: Any) -> Iterator[httpx.Client]:
+    def serve(*opened: Runtime, **settings: Any) -> Iterator[httpx.Client]:
         asked = Settings(**settings)
         operators = bind("127.0.0.1", asked.admin_port) if asked.admin_port is not None else None
-        app = create([opened], asked, operators)
+        app = create(opened or [runtime], asked, operators)
         listener = bind("127.0.0.1", 0)
         server = Server(app, asked)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

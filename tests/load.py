@@ -1,0 +1,220 @@
+"""Long runs against a service of their own: ``python -m tests.load overload|soak|sigterm|reload|poison``. Each prints JSON."""
+
+import asyncio
+import base64
+import json
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+import uvloop
+
+from model import bundle
+from tests.server import Service, running
+from tests.traffic import Answer, Connections, closed, flow, get, mixed, outcomes, png, post, quantiles
+
+cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+CLIENTS = 32
+Seconds = Annotated[float, typer.Option(help="Length of each part.")]
+
+
+@cli.command()
+def overload(seconds: Seconds = 60.0, steps: int = 16) -> None:
+    """Two and ten times what the service can do, and how it is a moment later."""
+    requests = mixed(steps=steps)
+
+    async def measure(service: Service) -> dict[str, Any]:
+        connections = Connections(service.port)
+        peak = await closed(connections, requests, CLIENTS, min(seconds, 15.0))
+        told: dict[str, Any] = {"peak_per_second": round(peak, 1), "resident_mb": service.resident() >> 20}
+        for times in (2, 10):
+            answers = await flow(connections, requests, times * peak, seconds)
+            ended = time.monotonic()
+            accepted = [answer for answer in answers if answer.status == 200]
+            while (again := await connections.ask(requests[0])).status != 200:
+                await asyncio.sleep(0.02)
+            took = max(answer.due + answer.seconds for answer in answers) - min(answer.due for answer in answers)
+            told[f"{times}x"] = {
+                "outcomes": outcomes(answers),
+                "accepted_ms": quantiles(accepted),
+                "rejected_ms": quantiles([answer for answer in answers if answer.status == 503]),
+                "goodput_of_peak": round(len(accepted) / took / peak, 3),
+                "recovered_after_s": round(time.monotonic() - ended, 3),
+                "then_ms": round(1000 * again.seconds, 1),
+                "resident_mb": service.resident() >> 20,
+            }
+        return told
+
+    with running() as service:
+        _print(measure(service))
+
+
+@cli.command()
+def soak(minutes: float = 30.0, share: float = 0.7, every: float = 10.0) -> None:
+    """A share of what the service can do, with words never seen before; memory, threads and descriptors must stay."""
+    requests = mixed(count=4096)
+
+    async def measure(service: Service) -> dict[str, Any]:
+        connections = Connections(service.port)
+        peak = await closed(connections, requests, CLIENTS, min(15.0, 30 * minutes))
+        series: list[dict[str, float]] = []
+        labels = _series_of_metrics(service)
+        began = time.monotonic()
+
+        async def watch() -> None:
+            while True:
+                series.append(
+                    {
+                        "s": round(time.monotonic() - began, 1),
+                        "resident_mb": round(service.resident() / 2**20, 1),
+                        "threads": service.threads(),
+                        "descriptors": service.descriptors(),
+                    }
+                )
+                await asyncio.sleep(every)
+
+        watching = asyncio.create_task(watch())
+        answers = await flow(connections, requests, share * peak, 60 * minutes)
+        watching.cancel()
+        settled = series[len(series) // 5 :]
+        slope = np.polyfit([p["s"] for p in settled], [p["resident_mb"] for p in settled], 1)[0] if len(settled) > 2 else 0.0
+        half = min(a.due for a in answers) + 30 * minutes
+        return {
+            "peak_per_second": round(peak, 1),
+            "outcomes": outcomes(answers),
+            "ms": quantiles(answers),
+            "first_half_ms": quantiles([a for a in answers if a.due < half]),
+            "second_half_ms": quantiles([a for a in answers if a.due >= half]),
+            "resident_mb_per_hour": round(3600 * float(slope), 2),
+            "series_of_metrics": [labels, _series_of_metrics(service)],
+            "series": series,
+        }
+
+    with running() as service:
+        _print(measure(service))
+
+
+@cli.command()
+def sigterm(tries: int = 20, rate: float = 100.0, seconds: Seconds = 3.0, delay_ms: int = 1000) -> None:
+    """SIGTERM under load, behind a balancer that asks /readyz: what was lost?"""
+    told = [asyncio.run(sigterm_once(rate, seconds, delay_ms)) for _ in range(tries)]
+    clean = sum(one["status"] == 0 and set(one["outcomes"]) == {"200"} for one in told)
+    print(json.dumps({"tries": tries, "clean": clean, "each": told}, indent=1))
+
+
+async def sigterm_once(rate: float, seconds: float, delay_ms: int) -> dict[str, Any]:
+    """Traffic until a balancer would send no more. Some connections are kept, some new."""
+    with running(CONCORD_DRAIN_DELAY_MS=str(delay_ms)) as service:
+        ready = True
+
+        async def balance() -> None:
+            nonlocal ready
+            probes = Connections(service.port)
+            while ready:
+                ready = (await probes.ask(get("/readyz"))).status == 200
+                await asyncio.sleep(delay_ms / 5000)
+
+        async def end() -> None:
+            await asyncio.sleep(seconds)
+            service.process.send_signal(signal.SIGTERM)
+
+        balancing, ending = asyncio.create_task(balance()), asyncio.create_task(end())
+        answers = await flow(Connections(service.port), mixed(), rate, 60.0, lambda: ready)
+        await asyncio.gather(balancing, ending)
+        status = await asyncio.to_thread(service.process.wait, 60)
+        return {"outcomes": outcomes(answers), "ms": quantiles(answers), "status": status}
+
+
+@cli.command()
+def reload(count: int = 50, rate: float = 50.0) -> None:
+    """Good and corrupt bundles by turns, under load."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "served"
+        shutil.copytree(bundle.builtin(bundle.DEFAULT_BUNDLE), place)
+        with running("--bundle", str(place), CONCORD_WATCH_SECONDS="0") as service:
+            _print(reload_under_load(service, place, count, rate))
+
+
+async def reload_under_load(service: Service, place: Path, count: int, rate: float) -> dict[str, Any]:
+    """A bundle that is put in place counts as seen when /v1/models says so."""
+    seen = 0
+    resident: list[int] = []
+
+    async def exchange() -> None:
+        nonlocal seen
+        connections = Connections(service.port)
+        for number in range(count):
+            good = number % 2 == 0
+            await asyncio.to_thread(exchange_bundle, place, f"{number}.0", good)
+            service.process.send_signal(signal.SIGHUP)
+            expected = ("ready", f"{number}.0") if good else ("failed", f"{number - 1}.0")
+            async with asyncio.timeout(60):
+                while True:
+                    (model,) = json.loads((await connections.ask(get("/v1/models"))).body)["data"]
+                    if (model["state"], model["version"]) == expected:
+                        break
+                    await asyncio.sleep(0.02)
+            seen += 1
+            resident.append(service.resident() >> 20)
+
+    exchanging = asyncio.create_task(exchange())
+    answers = await flow(Connections(service.port), mixed(), rate, 3600.0, lambda: not exchanging.done())
+    await exchanging
+    return {
+        "reloads": seen,
+        "outcomes": outcomes(answers),
+        "ms": quantiles(answers),
+        "resident_mb": resident,
+        "threads": service.threads(),
+        "descriptors": service.descriptors(),
+    }
+
+
+def exchange_bundle(place: Path, version: str, good: bool) -> None:
+    """Put another version in the place of a bundle, in one step; one that is not good is cut short then."""
+    original = bundle.read(bundle.builtin(bundle.DEFAULT_BUNDLE))
+    facts = {**{name: value for name, value in original.manifest if name not in {"format", "files"}}, "version": version}
+    bundle.write(place, facts, [original.path / name for name in original.manifest.files], "# A copy\n")
+    if not good:
+        with (place / bundle.WEIGHTS).open("r+b") as weights:
+            weights.truncate(1000)
+
+
+@cli.command()
+def poison(rounds: int = 100) -> None:
+    """Sixteen requests at once, one of them with a picture that is cut short."""
+    with running() as service:
+        _print(poisoned(service, rounds))
+
+
+async def poisoned(service: Service, rounds: int) -> dict[str, Any]:
+    connections = Connections(service.port)
+    broken = post("/embed", {"inputs": [{"photo": base64.b64encode(png(0)[:200]).decode()}]})
+    innocent = mixed(count=15)
+    failed: list[Answer] = []
+    pointed = 0
+    for number in range(rounds):
+        batch = [*innocent[: number % 16], broken, *innocent[number % 16 :]]
+        answers = await asyncio.gather(*(connections.ask(request) for request in batch))
+        guilty = answers.pop(number % 16)
+        told = json.loads(guilty.body)
+        pointed += guilty.status == 400 and told["errors"][0]["pointer"] == "/inputs/0/photo"
+        failed += [answer for answer in answers if answer.status != 200]
+    return {"rounds": rounds, "innocent_failures": len(failed), "answers_400_with_pointer": pointed}
+
+
+def _series_of_metrics(service: Service) -> int:
+    return sum(not line.startswith("#") for line in service.client.get("/metrics").text.splitlines())
+
+
+def _print(measured: Any) -> None:
+    print(json.dumps(uvloop.run(measured), indent=1))
+
+
+if __name__ == "__main__":
+    cli()
