@@ -1,6 +1,7 @@
 """The command line: ``python -m service`` serves, ``python -m service openapi`` prints the contract."""
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -11,6 +12,8 @@ import structlog
 import typer
 from fastapi import FastAPI
 from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import track
 
 from model.bundle import BundleError
 from model.runtime import Runtime
@@ -60,6 +63,53 @@ def openapi(context: typer.Context) -> None:
     """Print the OpenAPI document of the bundle's API."""
     app = _create(context.obj)
     sys.stdout.buffer.write(orjson.dumps(app.openapi(), option=orjson.OPT_INDENT_2) + b"\n")
+
+
+@cli.command("embed-dataset")
+def embed_dataset(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="A Parquet file, or a folder of them; a path or a URI.")],
+    output: Annotated[str, typer.Argument(help="Folder for the results. The same command goes on where it was.")],
+    column: Annotated[list[str], typer.Option(help="MODALITY=COLUMN: what to embed. Once for each modality.")],
+    generate: Annotated[list[str] | None, typer.Option(help="MODALITY to generate. Once for each.")] = None,
+    refine_steps: Annotated[int, typer.Option(min=0, help="Refinement steps.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the refinement's noise.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core of this machine.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: run on this machine.")] = None,
+) -> None:
+    """Add embeddings, and what is generated from them, to the rows of Parquet files.
+
+    Example: embed-dataset photos.parquet embedded --column photo=image --generate word
+    """
+    settings: Settings = context.obj
+    try:
+        from service import bulk, dataset  # noqa: PLC0415 - an extra of its own
+    except ImportError as error:
+        _stop(f"{error.name} is not installed: pip install 'concord[cpu,bulk]'", FAILED)
+    columns = dict(pair.partition("=")[::2] for pair in column)
+    threads = settings.threads or 1
+    try:
+        job = dataset.Job(
+            settings.bundle_path().absolute(),
+            columns,
+            tuple(generate or ()),
+            refine_steps,
+            seed,
+            settings.device,
+            threads,
+            settings.max_batch,
+            settings.max_pixels,
+        )
+        parts, total = dataset.plan(job, source, output)
+    except (BundleError, dataset.JobError) as error:
+        _stop(str(error), FAILED)
+    workers = workers or max(1, len(os.sched_getaffinity(0)) // threads)
+    results = bulk.run(job, parts, source, output, workers=workers, address=address) if parts else ()
+    done = [
+        result for result in track(results, "embedding", total=len(parts), console=Console(stderr=True), disable=not parts)
+    ]
+    rows, failed = (sum(numbers) for numbers in zip(*done, strict=True)) if done else (0, 0)
+    typer.echo(f"{rows} rows in {len(parts)} files, {failed} without embedding; {total - len(parts)} files were there already")
 
 
 def _serve(settings: Settings) -> None:
