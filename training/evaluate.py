@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from model.vae.gaussian import antithetic, standard_like
@@ -48,7 +49,7 @@ def evaluate(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, 
 
 def _means(
     vae: MultimodalVAE, data: Dataset, subsets: dict[str, Tensor], rows: int, progress: Progress, *, shuffle: bool
-) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+) -> dict[str, tuple[Float[np.ndarray, "_ latent"], Int64[np.ndarray, " _"]]]:
     """Posterior means of every subset, and of the joint encoder under the name ``joint``, each with the labels of its rows:
     those that have a label and some of the subset."""
     means: dict[str, list[Tensor]] = {name: [] for name in [*subsets, "joint"]}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+from typer.testing import CliRunner
 
+from training.__main__ import app
 from training.config import Config
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -130,3 +133,28 @@ def _file_of(image: Image.Image, image_format: str) -> bytes:
     buffer = BytesIO()
     image.save(buffer, image_format, lossless=True)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that the command line fitted and exported, and what it printed."""
+
+    config: Path
+    folder: Path
+    bundle: Path
+    fitted: str
+    exported: str
+
+
+@pytest.fixture(scope="session")
+def finished(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Digit, photo and word, paired by class. Copy the folder before changing anything."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder / "tiny.toml", photo=True)
+    runner = CliRunner()
+    options = [str(config), "--out", str(folder / "run")]
+    fitted = runner.invoke(app, ["fit", *options])
+    assert fitted.exit_code == 0, fitted.output
+    exported = runner.invoke(app, ["export", *options])
+    assert exported.exit_code == 0, exported.output
+    return Finished(config, folder / "run", folder / "run" / "bundle", fitted.stdout, exported.stdout)
