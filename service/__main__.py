@@ -22,6 +22,7 @@ from service.keys import KeysError
 from service.server import Server, bind
 from service.settings import PREFIX, Settings, explain
 from service.telemetry import configure_logging
+from service.tracing import TracingError
 
 BAD_USAGE = 2
 FAILED = 1
@@ -151,7 +152,7 @@ def _create(settings: Settings, operators: socket.socket | None = None) -> FastA
         folders = settings.bundle_folders()
         opened = [Runtime.load(folder, device=settings.device, threads=settings.threads) for folder in folders]
         return create(opened, settings, operators)
-    except (BundleError, KeysError) as error:
+    except (BundleError, KeysError, TracingError) as error:
         _stop(str(error), FAILED)
 
 

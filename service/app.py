@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 
 from model.modality import Modality
 from model.runtime import Runtime
-from service import admin, contract, embeddings, models, probes, routes
+from service import admin, contract, embeddings, models, probes, routes, tracing
 from service.access import Access
 from service.body import BodyLimit
 from service.bundles import Bundles
@@ -32,9 +32,11 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
 
     Raises:
         KeysError: the file of API keys cannot be used.
+        TracingError: OpenTelemetry is not installed.
         BundleError: the bundles' names are at odds.
     """
     keys = Keys(settings.api_keys_file, burst=settings.max_items) if settings.api_keys_file else None
+    traced = tracing.to(settings.otel)
     build = {"version": version("concord"), "python": platform.python_version(), "onnxruntime": onnxruntime.__version__}
     metrics = Metrics(build)
     bundles = Bundles(opened, settings, metrics)
@@ -42,6 +44,7 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as beside:
+            await beside.enter_async_context(traced.exporting())
             if keys is not None:
                 await beside.enter_async_context(keys.watched())
             if operators is not None:
@@ -58,7 +61,11 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
         routers.append(probes.metrics_router)
     paths = frozenset(str(route.path) for router in routers for route in router.routes if hasattr(route, "path"))
     telemetry = Middleware(
-        Telemetry, metrics=metrics, model_version=lambda: bundles.choose(None).manifest.version, routes=paths
+        Telemetry,
+        metrics=metrics,
+        model_version=lambda: bundles.choose(None).manifest.version,
+        routes=paths,
+        tracing=traced,
     )
     app = FastAPI(
         lifespan=lifespan,

@@ -74,7 +74,7 @@ async def cross_generate(request: Request) -> Response:
         ]
         manifest, results = await run(request, bundles, serving, call, works)
         started = time.perf_counter()
-        content = await bundles.in_thread(
+        content = await bundles.decoding.in_thread(
             answers.generate, manifest, options, results, _rejected(call), request.state.request_id
         )
         bundles.metrics.stage("serialize", time.perf_counter() - started)
@@ -92,7 +92,7 @@ async def _read(request: Request, bundles: Bundles, options: type[O]) -> tuple[S
         serving = bundles.choose(asked.options.model)
         return serving, serving.reader.read(asked, request.state.charge)
 
-    (serving, call), seconds = await bundles.decode(read)
+    (serving, call), seconds = await bundles.decoding.decode(read)
     return serving, call, seconds
 
 
@@ -141,6 +141,7 @@ async def run(
     items = [item for item in call.items if isinstance(item, Item)]
     serving = bundles.current(chosen, call.options.model)
     request.state.model_version = serving.manifest.version
+    request.state.submitted_ns = time.time_ns()
     outcomes = await serving.submit(works)
     for item in items:
         bundles.metrics.items.labels("+".join(item.row)).inc()

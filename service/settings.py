@@ -69,6 +69,9 @@ class Settings(BaseSettings):
         le=3_600_000,
         description="An inference thread that is silent for longer fails /livez: many times one run.",
     )
+    otel: str | None = Field(
+        None, pattern=r"^https?://", description="OpenTelemetry collector, http://localhost:4318. None: no traces."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs every request.")
     log_format: Literal["json", "text"] = Field("json", description="text is for people at a terminal.")
 

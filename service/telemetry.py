@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import CODES, Problem, respond
 from service.settings import Settings
+from service.tracing import Tracing
 from service.work import Refinement
 
 log = structlog.get_logger(__name__)
@@ -88,21 +89,31 @@ class Telemetry:
         routes: paths to name in the metrics where a request is refused before it reaches its route.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, model_version: Callable[[], str], routes: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        model_version: Callable[[], str],
+        routes: Collection[str] = (),
+        tracing: Tracing | None = None,
+    ) -> None:
         self.app = app
         self.metrics = metrics
         self.model_version = model_version
         self.routes = routes
+        self.tracing = tracing or Tracing()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        asked = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
         request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        state["trace"] = trace = self.tracing.begin(headers.get("traceparent", ""), scope["method"])
         state["task"] = asyncio.current_task()  # which the connection cancels when the client goes
         status = 0
 
@@ -113,6 +124,8 @@ class Telemetry:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Model-Version"] = state.get("model_version") or self.model_version()
+                if trace.header:
+                    headers["traceparent"] = trace.header
                 self._record(scope, status, time.perf_counter() - started)
             await send(message)
 
@@ -140,18 +153,21 @@ class Telemetry:
         known = scope["path"] if scope["path"] in self.routes else "unmatched"
         route = getattr(scope.get("route"), "path", known)
         self.metrics.duration.labels(route, status).observe(seconds)
-        code = scope["state"].get("code")
+        state = scope["state"]
+        code = state.get("code")
         if code:
             self.metrics.rejections.labels(code).inc()
+        self.tracing.end(state["trace"], f"{scope['method']} {route}", state, status)
         write = log.debug if status < 400 else log.info if status < 500 else log.error
         write(
             "answered",
-            request_id=scope["state"]["request_id"],
+            request_id=state["request_id"],
+            trace_id=state["trace"].id,
             method=scope["method"],
             route=route,
             status=status,
             code=code,
-            key=scope["state"].get("key"),
+            key=state.get("key"),
             ms=round(1000 * seconds, 2),
         )
 
