@@ -2,13 +2,10 @@
 
 import asyncio
 import contextlib
-import functools
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import structlog
 from prometheus_client.core import GaugeMetricFamily
@@ -17,7 +14,7 @@ from prometheus_client.registry import Collector
 from model.bundle import BundleError
 from model.modality import Modality
 from model.runtime import Runtime
-from service.engine import MIN_RETRY_MS
+from service.decoding import Decoding
 from service.errors import Problem
 from service.serving import Serving
 from service.settings import Settings
@@ -25,7 +22,6 @@ from service.telemetry import Metrics
 
 log = structlog.get_logger(__name__)
 
-R = TypeVar("R")
 State = Literal["ready", "failing", "failed"]
 Signature = tuple[tuple[str, int, int, int], ...]
 
@@ -52,14 +48,13 @@ class Bundles(Collector):
             raise BundleError(f"several models are served, {sorted(names)}: name one in CONCORD_DEFAULT_MODEL")
         self._default = settings.default_model or names.pop()
         self._names = self._named(self._served)
+        self._retired: set[Serving] = set()
         self._failures: dict[Path, str] = {}
         self._seen: dict[Path, Signature] = {}
         self._asked = asyncio.Event()
         self._refreshing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self._decoding = 0
-        self._decode_seconds = 0.0  # between two that are done, while there is work
+        self.decoding = Decoding(settings.decode_threads, settings.max_queue_items, metrics)
         metrics.watch(lambda: sum(s.engine.queue_depth for s in self.all()), self.ready)
         metrics.registry.register(self)
 
@@ -74,8 +69,9 @@ class Bundles(Collector):
         """End every inference thread and the watch."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *(serving.stop() for serving in self.all()), return_exceptions=True)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        ending = [serving.stop() for serving in {*self._served.values(), *self._retired}]
+        await asyncio.gather(*self._tasks, *ending, return_exceptions=True)
+        self.decoding.stop()
 
     def all(self) -> list[Serving]:
         """In the order of their names."""
@@ -130,30 +126,15 @@ class Bundles(Collector):
 
     def admit(self) -> None:
         """Raises Problem, 503, where a request would be refused now: that costs least before its body is read."""
-        if self._decoding >= self.settings.max_queue_items:
-            wait_ms = max(MIN_RETRY_MS, int(1000 * self._decoding * self._decode_seconds))
-            raise Problem("queue_full", f"{self._decoding} requests wait to be decoded", retry_after_ms=wait_ms)
+        self.decoding.check()
+        refusals = []
         for serving in self._served.values():
-            with contextlib.suppress(Problem):
-                return serving.check()
-        self.choose(None).check()
-
-    async def decode(self, read: Callable[[], R]) -> tuple[R, float]:
-        """Run this in one of the few decode threads. Returns with it the seconds that took, and the waiting before it."""
-        started = time.perf_counter()
-        self._decoding += 1
-        try:
-            answer = await self.in_thread(read)
-        finally:
-            self._decoding -= 1
-        seconds = time.perf_counter() - started
-        self._decode_seconds += 0.1 * (seconds / (self._decoding + 1) - self._decode_seconds)
-        self.metrics.stage("decode", seconds)
-        return answer, seconds
-
-    async def in_thread(self, function: Callable[..., R], *args: Any) -> R:
-        """Run what would hold up the event loop in one of the decode threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(function, *args))
+            try:
+                serving.check()
+            except Problem as problem:
+                refusals.append(problem)
+        if len(refusals) == len(self._served):
+            raise refusals[0]
 
     def reload(self) -> None:
         """Look at every folder again, soon, also at those that did not change."""
@@ -189,11 +170,13 @@ class Bundles(Collector):
                 await new.start()
                 if not new.ready():
                     raise BundleError(f"{folder}: {new.checks()}")
-        except Exception as error:  # ONNX Runtime's exceptions are private
-            self._failures[folder] = str(error)
-            log.error("bundle not loaded: what was served before is served on", folder=folder.name, reason=str(error))
+        except BaseException as error:
             if new is not None:
                 await new.stop()
+            if not isinstance(error, Exception):
+                raise
+            self._failures[folder] = str(error)
+            log.error("bundle not loaded: what was served before is served on", folder=folder.name, reason=str(error))
             return
         self._failures.pop(folder, None)
         if new is None:
@@ -202,7 +185,13 @@ class Bundles(Collector):
         self._served, self._names = served, names
         log.warning("bundle loaded", bundle=new.label, instead_of=old.label if old else None)
         if old is not None:
-            self._spawn(old.stop(self.settings.request_timeout_ms / 1000))
+            self._retired.add(old)
+            self._spawn(self._retire(old))
+
+    async def _retire(self, old: Serving) -> None:
+        """What it holds ends on it; then it is freed."""
+        await old.stop(self.settings.request_timeout_ms / 1000)
+        self._retired.discard(old)
 
     def _named(self, served: dict[Path, Serving]) -> dict[str, Serving]:
         names: dict[str, Serving] = {}
@@ -222,7 +211,7 @@ class Bundles(Collector):
             self._asked.clear()
             await self.refresh()
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -243,7 +232,7 @@ class Bundles(Collector):
 
 
 def _check_interface(old: Serving, new: Serving) -> None:
-    """Who asked the old one must be able to go on with the new one, with requests that are decoded and vectors that are kept."""
+    """Who asked the old one must be able to go on with the new one: with requests in flight, with vectors that were kept."""
     for what in ("name", "latent", "modalities"):
         if getattr(old.manifest, what) != getattr(new.manifest, what):
             raise BundleError(

@@ -33,7 +33,7 @@ async def embeddings(request: Request) -> Response:
             serving = bundles.choose(asked.model)
             return serving, read(serving.reader, serving.manifest.latent, asked, inputs, request.state.charge)
 
-        (serving, call), decode_seconds = await bundles.decode(chosen)
+        (serving, call), decode_seconds = await bundles.decoding.decode(chosen)
         works = [Work(item.row, 0, item.index) for item in call.items if isinstance(item, Item)]
         manifest, results = await run(request, bundles, serving, call, works)
         started = time.perf_counter()

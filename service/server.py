@@ -124,7 +124,7 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._bundles.reload)
         await super().startup(sockets)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, _: FrameType | None) -> None:
         if self._leave_at is not None:
             os._exit(FORCED)
         self._captured_signals.append(sig)

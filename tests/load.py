@@ -15,6 +15,7 @@ import typer
 import uvloop
 
 from model import bundle
+from tests.copies import cut_short, write_copy
 from tests.server import Service, running
 from tests.traffic import Answer, Connections, closed, flow, get, mixed, outcomes, png, post, quantiles
 
@@ -177,12 +178,9 @@ async def reload_under_load(service: Service, place: Path, count: int, rate: flo
 
 def exchange_bundle(place: Path, version: str, good: bool) -> None:
     """Put another version in the place of a bundle, in one step; one that is not good is cut short then."""
-    original = bundle.read(bundle.builtin(bundle.DEFAULT_BUNDLE))
-    facts = {**{name: value for name, value in original.manifest if name not in {"format", "files"}}, "version": version}
-    bundle.write(place, facts, [original.path / name for name in original.manifest.files], "# A copy\n")
+    write_copy(place, version=version)
     if not good:
-        with (place / bundle.WEIGHTS).open("r+b") as weights:
-            weights.truncate(1000)
+        cut_short(place)
 
 
 @cli.command()

@@ -1,0 +1,59 @@
+"""The decode threads: few, and with a bounded number of requests before them."""
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from service.engine import MIN_RETRY_MS
+from service.errors import Problem
+from service.telemetry import Metrics
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Decoding:
+    """For one event loop.
+
+    Args:
+        threads: that decode side by side.
+        most: requests that may be decoded or wait for it; each has at least one item.
+    """
+
+    def __init__(self, threads: int, most: int, metrics: Metrics) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._most = most
+        self._metrics = metrics
+        self._held = 0
+        self._seconds = 0.0  # from one that is done to the next
+
+    def check(self) -> None:
+        """Raises Problem, 503, where one more request is too many."""
+        if self._held >= self._most:
+            wait_ms = max(MIN_RETRY_MS, int(1000 * self._held * self._seconds))
+            raise Problem("queue_full", f"{self._held} requests wait to be decoded", retry_after_ms=wait_ms)
+
+    async def decode(self, read: Callable[[], R]) -> tuple[R, float]:
+        """What this returns, and the seconds it took with the waiting before it."""
+        self.check()
+        started = time.perf_counter()
+        self._held += 1
+        try:
+            answer = await self.in_thread(read)
+            seconds = time.perf_counter() - started
+            self._seconds += 0.1 * (seconds / self._held - self._seconds)
+        finally:
+            self._held -= 1
+        self._metrics.stage("decode", seconds)
+        return answer, seconds
+
+    async def in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run what would hold up the event loop in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(function, *args, **kwargs))
+
+    def stop(self) -> None:
+        """Forget what waits."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
