@@ -7,7 +7,8 @@ CONFIG ?= training/configs/digits.toml
 # Where an NVIDIA driver is, ONNX Runtime's CUDA build; elsewhere its CPU build. They exclude each other.
 ORT ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: serve test lint train report openapi clean
+.PHONY: serve test lint train report openapi deploy-check lock sbom audit clean
+IMAGES := cpu gpu training
 
 serve: $(VENV)/.serve-$(ORT)
 	$(BIN)/python -m service --port $(PORT)
@@ -31,12 +32,42 @@ report: $(VENV)/.dev-$(ORT) openapi
 openapi: $(VENV)/.dev-$(ORT)
 	$(BIN)/python -m service openapi > openapi/openapi.json
 
+# What make test checks of docker/ and of bulk work with the tools it finds, with all of them: also needs promtool, prometheus and
+# kubectl on the PATH, and installs Ray.
+deploy-check: $(VENV)/.dev-$(ORT)
+	$(BIN)/pip install --quiet --editable '.[$(ORT),bulk]'
+	CONCORD_TEST_EVERYTHING=1 $(BIN)/python -m pytest tests/test_docker.py tests/service/test_dataset.py
+
+# The images' packages, every file by its hash. PyTorch's CPU build comes from its own index or folder: UV_INDEX or UV_FIND_LINKS.
+UV_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock'
+lock: $(VENV)/.release
+	echo setuptools | $(UV_COMPILE) - --output-file docker/requirements-build.txt
+	$(UV_COMPILE) pyproject.toml --extra cpu --output-file docker/requirements-cpu.txt
+	$(UV_COMPILE) pyproject.toml --extra gpu --output-file docker/requirements-gpu.txt
+	$(UV_COMPILE) pyproject.toml --extra cpu --extra train --output-file docker/requirements-training.txt
+
+# What is in each image, as CycloneDX, to dist/.
+sbom: $(VENV)/.release
+	mkdir -p dist
+	for image in $(IMAGES); do PYTHONWARNINGS=ignore $(BIN)/cyclonedx-py requirements docker/requirements-$$image.txt \
+		--pyproject pyproject.toml --output-reproducible --output-file dist/sbom-$$image.json || exit 1; done
+
+# Known vulnerabilities of what is in each image. A package nobody can tell about fails too.
+audit: $(VENV)/.release
+	for image in $(IMAGES); do $(BIN)/pip-audit --strict --require-hashes --disable-pip \
+		--requirement docker/requirements-$$image.txt || exit 1; done
+
 clean:
 	rm -rf $(VENV)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.release: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[release]'
+	@touch $@
 
 # A stamp file for each set of packages: made anew when pyproject.toml changes.
 $(VENV)/.serve-%: pyproject.toml | $(BIN)/python

@@ -1,4 +1,4 @@
-"""The command line: ``python -m service`` serves, ``python -m service openapi`` prints the contract."""
+"""The command line: ``python -m service`` serves; ``openapi`` prints the contract, ``embed-dataset`` does bulk work."""
 
 import contextlib
 import os
@@ -106,9 +106,7 @@ def embed_dataset(
         _stop(str(error), FAILED)
     workers = workers or max(1, len(os.sched_getaffinity(0)) // threads)
     results = bulk.run(job, parts, source, output, workers=workers, address=address) if parts else ()
-    done = [
-        result for result in track(results, "embedding", total=len(parts), console=Console(stderr=True), disable=not parts)
-    ]
+    done = list(track(results, "embedding", total=len(parts), console=Console(stderr=True), disable=not parts))
     rows, failed = (sum(numbers) for numbers in zip(*done, strict=True)) if done else (0, 0)
     typer.echo(f"{rows} rows in {len(parts)} files, {failed} without embedding; {total - len(parts)} files were there already")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,7 +43,7 @@ class Job:
 
     bundle: Path
     columns: Mapping[str, str]
-    """Column of each modality; a null is an absent modality. Images: bytes of a file, or the struct of Hugging Face's data sets;
+    """Column of each modality; a null is an absent modality. Images: a file's bytes, or the struct of Hugging Face's data sets;
     else the value as in JSON."""
     targets: tuple[str, ...] = ()
     """Modalities to generate, from the mean of the posterior."""
@@ -134,7 +133,7 @@ class Embedder:
         return table.num_rows, table.num_rows - table.column(ERROR).null_count
 
     def extend(self, table: pa.Table) -> pa.Table:
-        """The table with the columns embedding, generated_<target> and error. It loses the metadata that described it before."""
+        """The table with the columns embedding, generated_<target> and error. It loses the metadata of its schema."""
         columns = {name: table.column(column).to_pylist() for name, column in self._job.columns.items()}
         answers: list[Outcome | str] = []
         for start in range(0, table.num_rows, self._job.max_batch):
@@ -169,7 +168,7 @@ class Embedder:
         self._scheduler.admit([answer for answer in answers if isinstance(answer, Row)])
         while self._scheduler.active:
             self._scheduler.step()
-        return [_told(answer) if isinstance(answer, Row) else answer for answer in answers]  # type: ignore[misc]
+        return [_told(answer) if isinstance(answer, Row) else answer for answer in answers]
 
     def _decode(self, sample: Mapping[str, object]) -> dict[str, NDArray[Any]]:
         row = {}

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from model.bundle import Bundle
 from model.runtime import Runtime
 from service.app import create
-from service.dataset import Embedder, Job, JobError, Part, plan
+from service.dataset import Embedder, Job, JobError, plan
 from service.settings import Settings
 
 COLUMNS = {"image": "picture", "text": "caption", "vector": "sensors", "binary": "marks"}
@@ -36,7 +36,9 @@ def rows(count: int) -> pa.Table:
     return pa.table(
         {
             "number": list(range(count)),
-            "picture": [{"bytes": b"no picture" if i == 5 else picture(i), "path": None} if i != 6 else None for i in range(count)],
+            "picture": [
+                {"bytes": b"no picture" if i == 5 else picture(i), "path": None} if i != 6 else None for i in range(count)
+            ],
             "caption": ["abc" if i % 2 else None for i in range(count)],
             "sensors": [[0.5 * i] * 5 if i % 3 and i != 6 else None for i in range(count)],
             "marks": [[1, 0] if i % 4 == 1 else None for i in range(count)],
@@ -85,7 +87,9 @@ def test_answers_are_those_of_the_service(job: Job, tiny_bundle: Bundle, source:
             answer = client.post("/embed", files=parts).json()["data"][0]
             np.testing.assert_allclose(row["embedding"], answer["embedding"], atol=1e-5)
             options = f'{{"seed": 3, "refine": {{"steps": 2}}, "latent": "mean", "targets": {list(TARGETS)}}}'.replace("'", '"')
-            generated = client.post("/cross-generate", files=parts | {"options": (None, options)}).json()["data"][0]["generated"]
+            generated = client.post("/cross-generate", files=parts | {"options": (None, options)}).json()["data"][0][
+                "generated"
+            ]
             assert row["generated_text"] == generated["text"][0]["text"]
             np.testing.assert_allclose(row["generated_vector"], generated["vector"][0]["data"], atol=1e-5)
             np.testing.assert_allclose(row["generated_binary"], list(generated["binary"][0]["data"].values()), atol=1e-5)
@@ -117,7 +121,7 @@ def test_a_writer_that_is_cut_short_leaves_nothing(
 ) -> None:
     parts, _ = plan(job, str(source), str(tmp_path / "output"))
 
-    def cut_short(table: pa.Table, path: str, **_: object) -> None:
+    def cut_short(_table: pa.Table, path: str, **_: object) -> None:
         Path(path).write_bytes(b"PAR1")
         raise KeyboardInterrupt
 
@@ -165,11 +169,9 @@ def test_a_taken_column_and_an_empty_folder_are_refused(job: Job, tmp_path: Path
         plan(job, str(tmp_path / "a.parquet"), str(tmp_path / "output"))
 
 
-def test_the_command_survives_a_killed_worker_and_its_own_death(
-    tiny_bundle: Bundle, tmp_path: Path
-) -> None:
-    """Real processes, by their command line: some 40 s, where Ray is installed."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'concord[bulk]', or make test-bulk")
+def test_the_command_survives_a_killed_worker_and_its_own_death(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Real processes, by their command line: a minute or two."""
+    pytest.importorskip("ray", reason="Ray is not installed: make deploy-check does that")
     source, output = tmp_path / "a.parquet", tmp_path / "output"
     table = pa.table({"number": range(3000), "picture": [picture(i) for i in range(3000)]})
     pq.write_table(table, source, row_group_size=150)
