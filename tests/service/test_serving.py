@@ -1,14 +1,19 @@
 import contextlib
+import ctypes
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 from model import bundle
-from model.runtime import Runtime
+from model.runtime import Posterior, Runtime
 
 Serve = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
 
@@ -43,3 +48,230 @@ def test_golden_examples_that_differ_keep_the_service_from_being_ready(serve: Se
         assert int(refused.headers["retry-after"]) >= 1
         assert client.get("/v1/models").json()["data"][0]["state"] == "failing"
         assert "concord_ready 0.0" in client.get("/metrics").text
+
+
+class Faulty(Runtime):
+    """The real graphs, with a fault before them that a test switches on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fault: Callable[[int], None] = lambda _: None
+        self.batches: list[int] = []
+
+    def encode(self, inputs: Any, present: Any) -> Posterior:
+        self.batches.append(len(present))
+        self.fault(len(present))
+        return super().encode(inputs, present)
+
+
+@pytest.fixture
+def faulty(runtime: Runtime) -> Faulty:
+    return Faulty(runtime.bundle, threads=1)
+
+
+def broken(_: int) -> None:
+    raise RuntimeError("the graph is broken")
+
+
+WORD = {"inputs": [{"word": "one"}]}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> float:
+    """How long it took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "this never came true"
+        time.sleep(0.01)
+    return time.monotonic() - started
+
+
+def failing(client: httpx.Client, path: str) -> list[str]:
+    """Names of the checks that fail, without the model's."""
+    response = client.get(path)
+    checks = response.json()["checks"]
+    names = [name.rpartition("/")[2] for name, answer in checks.items() if answer != "ok"]
+    assert response.status_code == (503 if names else 200)
+    return names
+
+
+def test_a_fault_fails_its_batch_and_the_next_is_fine(serve: Serve, faulty: Faulty) -> None:
+    with serve(faulty) as client:
+        faulty.fault = broken
+        failed = client.post("/embed", json=WORD)
+        assert (failed.status_code, failed.json()["code"]) == (503, "engine_failed")
+        assert int(failed.headers["retry-after"]) >= 1
+        assert "broken" not in failed.text
+        faulty.fault = lambda _: None
+        assert client.post("/embed", json=WORD).status_code == 200
+        assert failing(client, "/readyz") == []
+
+
+def test_faults_in_a_row_open_the_circuit_until_the_model_works(serve: Serve, faulty: Faulty) -> None:
+    with serve(faulty, circuit_failures=3, circuit_probe_ms=200) as client:
+        faulty.fault = broken
+        for _ in range(3):
+            assert client.post("/embed", json=WORD).json()["code"] == "engine_failed"
+        wait_for(lambda: failing(client, "/readyz") == ["circuit"], 2)
+        assert failing(client, "/livez") == [], "a restart would not help at once, and the thread beats"
+        assert client.get("/v1/models").json()["data"][0]["state"] == "failing"
+        assert "concord_ready 0.0" in client.get("/metrics").text
+        run = len(faulty.batches)
+        for _ in range(10):
+            refused = client.post("/embed", json=WORD)
+            assert (refused.status_code, refused.json()["code"]) == (503, "engine_failed")
+            assert refused.json()["retry_after_ms"] == 200
+            assert refused.elapsed.total_seconds() < 0.1
+        probes = len(faulty.batches) - run
+        assert set(faulty.batches[run:]) <= {1}
+        assert probes <= 10, "what is refused does not run"
+        faulty.fault = lambda _: None
+        wait_for(lambda: failing(client, "/readyz") == [], 2)
+        assert client.post("/embed", json=WORD).status_code == 200
+
+
+def test_what_only_one_client_breaks_does_not_open_the_circuit(serve: Serve, faulty: Faulty, values: dict[str, str]) -> None:
+    """Rows that nobody sent come through, so the fault is in what was sent."""
+    with serve(faulty, circuit_failures=2) as client:
+        encode = faulty.encode
+
+        def poisoned(inputs: Any, present: Any) -> Posterior:
+            if inputs["word"].any():
+                raise RuntimeError("this word")
+            return encode(inputs, present)
+
+        faulty.encode = poisoned  # type: ignore[method-assign]
+        for _ in range(8):
+            assert client.post("/embed", json=WORD).json()["code"] == "engine_failed"
+            assert failing(client, "/readyz") == []
+            assert client.post("/embed", json={"inputs": [{"digit": values["digit"]}]}).status_code == 200
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_when_the_inference_thread_is_killed_nobody_waits(serve: Serve, faulty: Faulty, busy: bool) -> None:
+    """SystemExit is raised in the real thread, wherever it is."""
+    with serve(faulty) as client, ThreadPoolExecutor(8) as pool:
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold(_: int) -> None:
+            entered.set()
+            leave.wait(20)
+
+        faulty.fault = hold
+        asked = [pool.submit(client.post, "/embed", json=WORD) for _ in range(8 if busy else 0)]
+        if busy:
+            assert entered.wait(20)
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "inference")
+        assert thread.ident is not None
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+        leave.set()
+        for future in asked:
+            answer = future.result(timeout=5)
+            assert (answer.status_code, answer.json()["code"]) == (503, "engine_failed")
+        assert wait_for(lambda: failing(client, "/livez") == ["inference"], 5) < 2
+        assert set(failing(client, "/readyz")) == {"inference", "circuit"}
+        late = client.post("/embed", json=WORD)
+        assert (late.status_code, late.json()["code"]) == (503, "engine_failed")
+        assert late.elapsed.total_seconds() < 0.5
+
+
+def test_a_run_that_hangs_fails_liveness_and_deadlines_still_hold(serve: Serve, faulty: Faulty) -> None:
+    with serve(faulty, heartbeat_ms=1000) as client, ThreadPoolExecutor(3) as pool:
+        leave = threading.Event()
+        faulty.fault = lambda _: libc_sleep_until(leave)
+        stuck = [pool.submit(client.post, "/embed", json=WORD, headers={"X-Request-Timeout-Ms": "800"}) for _ in range(3)]
+        assert wait_for(lambda: failing(client, "/livez") == ["inference"], 5) < 2.5
+        assert failing(client, "/readyz") == ["inference"]
+        for future in stuck:
+            assert future.result(timeout=5).json()["code"] == "deadline_passed"
+        leave.set()
+        wait_for(lambda: failing(client, "/readyz") == [], 5)
+        assert client.post("/embed", json=WORD).status_code == 200
+
+
+def libc_sleep_until(leave: threading.Event) -> None:
+    """Calls of C, as a stuck graph is one: Python gets no say inside."""
+    while not leave.is_set():
+        ctypes.CDLL(None).usleep(100_000)
+
+
+def test_memory_that_runs_out_halves_the_batches_and_fails_nobody(serve: Serve, faulty: Faulty) -> None:
+    with serve(faulty, max_batch=32) as client:
+
+        def scarce(rows: int) -> None:
+            if rows > 10:
+                raise RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 123456")
+
+        faulty.fault = scarce
+        faulty.batches.clear()
+        for expected in ([32, 16, 8, 8, 16, 8, 8], [8, 8, 8, 8]):
+            answer = client.post("/embed", json={"inputs": [{"word": "one"}] * 32})
+            assert answer.status_code == 200
+            assert faulty.batches == expected
+            faulty.batches.clear()
+
+
+def test_a_deadline_that_passes_in_the_queue_costs_no_work(serve: Serve, faulty: Faulty) -> None:
+    with serve(faulty) as client, ThreadPoolExecutor(1) as pool:
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold(_: int) -> None:
+            entered.set()
+            leave.wait(20)
+
+        faulty.fault = hold
+        first = pool.submit(client.post, "/embed", json=WORD)
+        assert entered.wait(20)
+        faulty.batches.clear()
+        late = client.post("/embed", json={"inputs": [{"word": "two"}] * 5}, headers={"X-Request-Timeout-Ms": "50"})
+        assert (late.status_code, late.json()["code"]) == (504, "deadline_passed")
+        assert "concord_queue_depth 0.0" in client.get("/metrics").text
+        leave.set()
+        assert first.result().status_code == 200
+        assert client.post("/embed", json=WORD).status_code == 200
+        assert faulty.batches == [1], "the five never ran"
+
+
+def test_a_budget_answers_with_the_best_there_is_before_the_deadline(serve: Serve, runtime: Runtime) -> None:
+    class Slow(Runtime):
+        def refine(self, *args: Any) -> Any:
+            time.sleep(0.05)
+            return super().refine(*args)
+
+    with serve(Slow(runtime.bundle, threads=1)) as client:
+        asked = {**WORD, "refine": {"steps": 64, "budget_ms": 10_000}}
+        answer = client.post("/embed", json=asked, headers={"X-Request-Timeout-Ms": "1000"})
+        told = answer.json()["data"][0]["refinement"]
+        assert (told["stopped"], told["after"] >= told["before"]) == ("budget", True)
+        assert 1 <= told["steps"] < 64
+        asked["refine"]["budget_ms"] = None
+        assert client.post("/embed", json=asked, headers={"X-Request-Timeout-Ms": "1000"}).status_code == 504
+
+
+def test_the_wait_that_is_told_is_that_of_the_work_held(serve: Serve, faulty: Faulty) -> None:
+    with serve(faulty, max_queue_items=64) as client, ThreadPoolExecutor(2) as pool:
+        faulty.fault = lambda rows: time.sleep(0.02 * rows)
+        for _ in range(20):  # the pace is an average
+            client.post("/embed", json={"inputs": [{"word": "one"}] * 8})
+        held = [pool.submit(client.post, "/embed", json={"inputs": [{"word": "one"}] * 32}) for _ in range(2)]
+        wait_for(lambda: "concord_queue_depth 32.0" in client.get("/metrics").text, 5)
+        refused = client.post("/embed", json=WORD)
+        assert refused.json()["code"] == "queue_full"
+        milliseconds = refused.json()["retry_after_ms"]
+        assert 64 * 20 * 0.5 < milliseconds < 64 * 20 * 2, "64 items of 20 ms each"
+        assert int(refused.headers["retry-after"]) == -(-milliseconds // 1000)
+        assert refused.elapsed.total_seconds() < 0.1
+        assert [future.result().status_code for future in held] == [200, 200]
+        assert client.post("/embed", json=WORD).status_code == 200
+
+
+def test_many_rows_of_one_client_do_not_shut_out_another(serve: Serve) -> None:
+    """Long refinements of 32 items from four connections; one item without refinement comes through between their steps."""
+    with serve(max_batch=32) as client, ThreadPoolExecutor(4) as pool:
+        greedy = {"inputs": [{"word": "one"}] * 32, "refine": {"steps": 12}}
+        held = [pool.submit(client.post, "/embed", json=greedy) for _ in range(4)]
+        time.sleep(0.1)
+        waits = [client.post("/embed", json=WORD).elapsed.total_seconds() for _ in range(5)]
+        assert not any(future.done() for future in held)
+        began = time.monotonic()
+        assert {future.result().status_code for future in held} == {200}
+        assert max(waits) < (time.monotonic() - began) / 2
