@@ -52,13 +52,15 @@ def test_other_kinds(modality: Modality, raw_shape: tuple[int, ...]) -> None:
     check(modality, raw_shape)
 
 
-@pytest.mark.parametrize("side", [(28, 28), (37, 21), (9, 6)])
-def test_every_pixel_is_drawn(side: tuple[int, int]) -> None:
-    """The grid is cut evenly: no edge of the picture is left to the bias of the last layer alone."""
+@pytest.mark.parametrize(("side", "top", "left"), [((28, 28), 2, 2), ((37, 21), 1, 1), ((16, 16), 0, 0), ((9, 6), 0, 0), ((9, 7), 0, 0)])
+def test_the_picture_is_the_middle_of_its_grid(side: tuple[int, int], top: int, left: int) -> None:
     modality = ImageModality(name="picture", channels=1, height=side[0], width=side[1])
     network = decoder(modality, latent=4, hidden=6, width=2)
-    first, other = network(torch.randn(2, 4))
-    assert torch.all(first != other)
+    z = torch.randn(2, 4)
+    grid = network.layers(z)
+    assert torch.equal(network(z), grid[:, :, top : top + side[0], left : left + side[1]])
+    assert (grid.shape[2] - side[0]) // 2 == top
+    assert (grid.shape[3] - side[1]) // 2 == left
 
 
 def test_every_pixel_is_seen() -> None:
