@@ -116,7 +116,7 @@ def _image_from_wire(modality: ImageModality, value: object, limits: Limits) -> 
     pointer, declared = "", ""
     if isinstance(value, dict):
         refuse_fields(value, required=("data",), optional=("media_type",))
-        declared = value.get("media_type") or ""
+        declared = value["media_type"] if value.get("media_type") is not None else ""
         if not isinstance(declared, str):
             raise CodecError("wrong_type", "media_type must be a string", "/media_type")
         pointer, value = "/data", value["data"]

@@ -90,7 +90,7 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
         modalities = bundles.modalities()  # others when a bundle came since
         if modalities not in described:
             described.clear()
-            described[modalities] = contract.document(app, modalities, settings.max_items, keys=bool(keys))
+            described[modalities] = contract.document(app, modalities, settings, keys=bool(keys))
         return described[modalities]
 
     app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents

@@ -7,28 +7,28 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from model.codec import MEDIA_TYPES
-from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
+from model.modality import ImageModality, Modality, TextModality
+from service import values
 from service.calls import MAX_ID_CHARACTERS
 from service.errors import CODES, MEDIA_TYPE, OPENAI_PREFIX, Fault, OpenAIErrorSchema, Problem, ProblemSchema
 from service.probes import OPEN
 from service.routes import TIMEOUT_HEADER
 from service.schemas import CallOptions, EmbeddingsOptions, EmbedOptions, GenerateOptions
+from service.settings import Settings
 
 _CALLS: dict[str, type[CallOptions]] = {"/embed": EmbedOptions, "/cross-generate": GenerateOptions}
 _EMBEDDINGS = "/v1/embeddings"
 _STATUSES: tuple[int, ...] = (405, 413, 500)
 _GUARDED_STATUSES: tuple[int, ...] = (*_STATUSES, 400, 401, 403)
 _CALL_STATUSES: tuple[int, ...] = (*_GUARDED_STATUSES, 404, 415, 422, 429, 503, 504)
-_SMALLEST_PNG = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="  # one black pixel
-)
 _REF = "#/components/schemas/{model}"
 
 
-def document(app: FastAPI, modalities: tuple[Modality, ...], max_items: int, keys: bool = False) -> dict[str, Any]:
+def document(app: FastAPI, modalities: tuple[Modality, ...], settings: Settings, keys: bool = False) -> dict[str, Any]:
     """The document of an app that serves a bundle of these modalities.
 
     Args:
+        settings: its limits are told.
         keys: an API key is asked for.
     """
     described = get_openapi(
@@ -44,7 +44,7 @@ def document(app: FastAPI, modalities: tuple[Modality, ...], max_items: int, key
         schema = error.model_json_schema(ref_template=_REF)
         schemas.update(schema.pop("$defs"))
         schemas[error.__name__] = schema
-    schemas["Input"] = _input(modalities)
+    schemas["Input"] = values.item(modalities)
     described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "An API key."}}
     for path, operations in described["paths"].items():
         for operation in operations.values():
@@ -59,9 +59,9 @@ def document(app: FastAPI, modalities: tuple[Modality, ...], max_items: int, key
             if path not in OPEN:
                 operation["security"] = [{"key": []}] if keys else [{}, {"key": []}]
             if path in _CALLS:
-                _describe_call(operation, schemas, modalities, _CALLS[path], max_items)
+                _describe_call(operation, schemas, modalities, _CALLS[path], settings)
             elif path == _EMBEDDINGS:
-                _describe_embeddings(operation, schemas, modalities, max_items)
+                _describe_embeddings(operation, schemas, modalities, settings)
             if statuses is _CALL_STATUSES:
                 _describe_headers(operation)
     return described
@@ -72,18 +72,23 @@ def _describe_call(
     schemas: dict[str, Any],
     modalities: tuple[Modality, ...],
     options: type[CallOptions],
-    max_items: int,
+    settings: Settings,
 ) -> None:
     body = options.model_json_schema(ref_template=_REF)
     schemas.update(body.pop("$defs"))
+    schemas["RefineOptions"]["properties"]["steps"]["maximum"] = settings.max_refine_steps
+    if options is GenerateOptions:
+        body["properties"]["num_samples"]["maximum"] = settings.max_samples
+        names = {"enum": [m.name for m in modalities]}
+        body["properties"]["targets"]["anyOf"][0].update(items=names, uniqueItems=True, maxItems=len(modalities))
     name = options.__name__
     schemas[name] = {**body, "properties": dict(body["properties"])}
-    items = {"type": "array", "items": {"$ref": "#/components/schemas/Input"}, "minItems": 1, "maxItems": max_items}
+    items = {"type": "array", "items": {"$ref": "#/components/schemas/Input"}, "minItems": 1, "maxItems": settings.max_items}
     request = name.replace("Options", "Request")
     schemas[request] = {**body, "title": request, "properties": {"inputs": items, **body["properties"]}, "required": ["inputs"]}
-    sample = {"inputs": [{"id": "first", **{m.name: _example(m) for m in modalities[-1:]}}]}
-    all_but_one = {"inputs": [{m.name: _example(m) for m in modalities[1:]}], "seed": 7, "refine": {"steps": 2}}
-    parts: dict[str, Any] = {m.name: _part(m) for m in modalities}
+    sample = {"inputs": [{"id": "first", **{m.name: values.example(m) for m in modalities[-1:]}}]}
+    all_but_one = {"inputs": [{m.name: values.example(m) for m in modalities[1:]}], "seed": 7, "refine": {"steps": 2}}
+    parts: dict[str, Any] = {m.name: values.part(m) for m in modalities}
     parts["id"] = {"type": "string", "maxLength": MAX_ID_CHARACTERS}
     parts["options"] = {"$ref": f"#/components/schemas/{name}"}
     media = {m.name: {"contentType": ", ".join(MEDIA_TYPES)} for m in modalities if isinstance(m, ImageModality)}
@@ -98,7 +103,12 @@ def _describe_call(
                 },
             },
             "multipart/form-data": {
-                "schema": {"type": "object", "properties": parts, "additionalProperties": False},
+                "schema": {
+                    "type": "object",
+                    "properties": parts,
+                    "anyOf": [{"required": [m.name]} for m in modalities],
+                    "additionalProperties": False,
+                },
                 "encoding": {**media, "options": {"contentType": "application/json"}},
             },
         },
@@ -116,15 +126,15 @@ def _describe_call(
 
 
 def _describe_embeddings(
-    operation: dict[str, Any], schemas: dict[str, Any], modalities: tuple[Modality, ...], max_items: int
+    operation: dict[str, Any], schemas: dict[str, Any], modalities: tuple[Modality, ...], settings: Settings
 ) -> None:
     body = EmbeddingsOptions.model_json_schema(ref_template=_REF)
-    several = {"minItems": 1, "maxItems": max_items}
+    several = {"minItems": 1, "maxItems": settings.max_items}
     item: dict[str, Any] = {"$ref": "#/components/schemas/Input"}
     texts = [m for m in modalities if isinstance(m, TextModality)]
     forms = [{"type": "array", "items": item, **several}]
     if len(texts) == 1:
-        text = _wire(texts[0])[0]
+        text = values.forms(texts[0])[0]
         forms = [text, {"type": "array", "items": {"anyOf": [text, item]}, **several}]
     schemas["EmbeddingsRequest"] = {
         **body,
@@ -132,7 +142,9 @@ def _describe_embeddings(
         "properties": {"input": {"anyOf": forms}, **body["properties"]},
         "required": ["input"],
     }
-    example = {"input": [_example(texts[0])] if len(texts) == 1 else [{modalities[-1].name: _example(modalities[-1])}]}
+    example = {
+        "input": [values.example(texts[0])] if len(texts) == 1 else [{modalities[-1].name: values.example(modalities[-1])}]
+    }
     operation["requestBody"] = {
         "required": True,
         "content": {
@@ -158,8 +170,8 @@ def _describe_headers(operation: dict[str, Any]) -> None:
             "name": "X-Request-Id",
             "in": "header",
             "required": False,
-            "description": "Echoed when it fits the pattern, else a new one is made.",
-            "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+            "description": "Echoed where it has 1 to 128 letters, digits, dots, dashes and _; else a new one is made.",
+            "schema": {"type": "string"},
         },
     ]
     text = {"schema": {"type": "string"}}
@@ -199,65 +211,3 @@ def _problem(status: int, path: str) -> dict[str, Any]:
         return {"description": told, "content": {"application/json": content}}
     content = {"schema": {"$ref": "#/components/schemas/ProblemSchema"}, "example": example.body("01JABCDEF")}
     return {"description": told, "content": {MEDIA_TYPE: content}}
-
-
-def _input(modalities: tuple[Modality, ...]) -> dict[str, Any]:
-    """One item: any subset of the modalities, but the empty one."""
-    wire: dict[str, list[dict[str, Any]]] = {}
-    for modality in modalities:  # bundles may use one name for different things
-        wire.setdefault(modality.name, []).extend(_wire(modality))
-    return {
-        "title": "Input",
-        "type": "object",
-        "description": "A sample: any non-empty subset of the bundle's modalities. null is the same as left out.",
-        "properties": {
-            "id": {"type": ["string", "null"], "maxLength": MAX_ID_CHARACTERS, "description": "Echoed."},
-            **{name: {"anyOf": [*forms, {"type": "null"}]} for name, forms in wire.items()},
-        },
-        "anyOf": [{"required": [name], "properties": {name: {"anyOf": forms}}} for name, forms in wire.items()],
-        "additionalProperties": False,
-    }
-
-
-def _wire(modality: Modality) -> list[dict[str, Any]]:
-    """Schemas of the forms a value may take."""
-    base64: dict[str, Any] = {"type": "string", "contentEncoding": "base64"}
-    if isinstance(modality, ImageModality):
-        fields = {"data": base64, "media_type": {"type": "string", "examples": list(MEDIA_TYPES)}}
-        told = f"PNG, JPEG or WebP in base64, or a data URL; becomes {modality.channels}x{modality.height}x{modality.width}."
-        return [{**base64, "description": told}, _object(fields, ["data"])]
-    if isinstance(modality, TextModality):
-        told = f"At most {modality.length} of the characters {modality.alphabet!a}."
-        return [{"type": "string", "minLength": 1, "description": told}]
-    if isinstance(modality, VectorModality):
-        size = {"minItems": modality.size, "maxItems": modality.size}
-        packed = _object({"data": base64, "dtype": {"const": "float32"}}, ["data", "dtype"])
-        return [{"type": "array", "items": {"type": "number"}, **size}, packed]
-    size = {"minItems": len(modality.attributes), "maxItems": len(modality.attributes)}
-    switch = {"enum": [0, 1, True, False]}
-    named = _object(dict.fromkeys(modality.attributes, switch), list(modality.attributes))
-    return [{"type": "array", "items": switch, **size}, named]
-
-
-def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-def _part(modality: Modality) -> dict[str, Any]:
-    """Schema of the modality's part in a form."""
-    if isinstance(modality, ImageModality):
-        return {"type": "string", "format": "binary", "description": "The picture's file."}
-    if isinstance(modality, BinaryModality | VectorModality):
-        return {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": _wire(modality)}}
-    return _wire(modality)[0]
-
-
-def _example(modality: Modality) -> Any:
-    """A value that the modality takes."""
-    if isinstance(modality, ImageModality):
-        return _SMALLEST_PNG
-    if isinstance(modality, TextModality):
-        return "".join(c for c in modality.alphabet[1:] if not c.isspace())[: min(modality.length, 5)]
-    if isinstance(modality, VectorModality):
-        return [0.0] * modality.size
-    return dict.fromkeys(modality.attributes, True)

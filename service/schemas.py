@@ -6,10 +6,19 @@ more than the inference: the answer models exist for the OpenAPI document and fo
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from model.codec import ImageFormat
 from service.errors import ProblemSchema
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Natural = Annotated[int, Field(ge=0, le=2**63 - 1), BeforeValidator(_whole)]
+"""JSON has one kind of number: 3.0 is an integer."""
+Positive = Annotated[int, Field(ge=1, le=2**63 - 1), BeforeValidator(_whole)]
 
 
 class _Options(BaseModel):
@@ -19,7 +28,7 @@ class _Options(BaseModel):
 class RefineOptions(_Options):
     """Steps that climb the objective from the encoder's posterior."""
 
-    steps: int = Field(0, ge=0, description="Most steps to take; 0 answers with the encoder alone. The server caps it.")
+    steps: Natural = Field(0, description="Most steps to take; 0 answers with the encoder alone. The server caps it.")
     tolerance: float | None = Field(None, ge=0, description="Stop when a step gains less than this, in nats.")
     budget_ms: float | None = Field(None, gt=0, description="Stop when this time is spent, and answer with the best so far.")
     trace: bool = Field(False, description="Also answer with the objective at every step.")
@@ -37,7 +46,7 @@ class CallOptions(_Options):
 
     model: str | None = Field(None, max_length=128, description='"name" or "name@version"; the default bundle when left out.')
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Same request, same seed, same bundle: the same answer.")
+    seed: Natural = Field(0, description="Same request, same seed, same bundle: the same answer.")
     refine: RefineOptions = Field(default_factory=RefineOptions)
     on_error: Literal["fail", "partial"] = Field(
         "fail", description="partial: a bad item carries its error, the others their results."
@@ -56,7 +65,7 @@ class GenerateOptions(CallOptions):
         max_length=64,
         description="What to generate; when left out, what the item lacks. A present one is reconstructed.",
     )
-    num_samples: int = Field(1, ge=1, description="Values of each target.")
+    num_samples: Positive = Field(1, description="Values of each target.")
     latent: Literal["sample", "mean"] = Field("sample", description="Decode samples of the posterior, or its mean.")
     temperature: float = Field(1.0, ge=0, le=10, description="Scales the posterior's standard deviation when sampling.")
     output: OutputOptions = Field(default_factory=OutputOptions)
@@ -68,7 +77,7 @@ class EmbeddingsOptions(_Options):
 
     model: str | None = Field(None, max_length=128, description='"name" or "name@version"; the default bundle when left out.')
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
-    dimensions: int | None = Field(None, ge=1, description="Embeddings are not cut short: the bundle's own number or nothing.")
+    dimensions: Positive | None = Field(None, description="Embeddings are not cut short: the bundle's own number or nothing.")
     user: str | None = Field(None, description="Ignored.")
 
 

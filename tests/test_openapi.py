@@ -23,7 +23,17 @@ def test_the_committed_document_is_the_generated_one() -> None:
 
 
 def test_every_route_of_the_contract_is_there() -> None:
-    promised = {"/embed", "/cross-generate", "/v1/embeddings", "/v1/models", "/v1/models/{model}", "/livez", "/readyz", "/healthz", "/metrics"}
+    promised = {
+        "/embed",
+        "/cross-generate",
+        "/v1/embeddings",
+        "/v1/models",
+        "/v1/models/{model}",
+        "/livez",
+        "/readyz",
+        "/healthz",
+        "/metrics",
+    }
     assert promised | {"/v2/health/live", "/v2/health/ready"} <= set(DOCUMENT["paths"])
 
 

@@ -354,6 +354,8 @@ class TestImages:
             ({}, "wrong_type", ""),
             ({"data": 7}, "wrong_type", "/data"),
             ({"data": "", "media_type": 7}, "wrong_type", "/media_type"),
+            ({"data": "", "media_type": 0}, "wrong_type", "/media_type"),
+            ({"data": "", "media_type": None}, "bad_image", "/data"),
             ({"data": "", "mime": "image/png"}, "wrong_type", ""),
             ({"data": "!"}, "bad_base64", "/data"),
             ({"data": "AAAA"}, "bad_image", "/data"),

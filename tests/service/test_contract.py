@@ -21,7 +21,7 @@ MODALITIES = (
 
 @pytest.fixture(scope="module")
 def described(runtime: Runtime) -> dict[str, Any]:
-    return document(create([runtime], Settings()), MODALITIES, max_items=4)
+    return document(create([runtime], Settings()), MODALITIES, Settings(max_items=4))
 
 
 def requests(described: dict[str, Any], path: str) -> dict[str, Any]:

@@ -20,7 +20,9 @@ def test_nothing_need_be_said() -> None:
     "options",
     [
         {"seed": True},
-        {"seed": 1.0},
+        {"seed": 1.5},
+        {"seed": 1e300},
+        {"num_samples": "1"},
         {"seed": 2**63},
         {"normalize": 1},
         {"refine": {"steps": -1}},
@@ -41,6 +43,11 @@ def test_what_is_out_of_type_or_range_is_refused(options: dict[str, Any]) -> Non
     model = EmbedOptions if set(options) <= set(EmbedOptions.model_fields) else GenerateOptions
     with pytest.raises(ValidationError):
         model.model_validate(options)
+
+
+def test_a_number_without_a_fraction_is_an_integer() -> None:
+    options = EmbedOptions.model_validate({"seed": 3.0, "refine": {"steps": 2.0}})
+    assert (type(options.seed), options.seed, options.refine.steps) == (int, 3, 2)
 
 
 def test_the_ends_of_the_ranges_belong_to_them() -> None:
