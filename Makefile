@@ -36,7 +36,7 @@ openapi: $(VENV)/.dev-$(ORT)
 # kubectl on the PATH, and installs Ray.
 deploy-check: $(VENV)/.dev-$(ORT)
 	$(BIN)/pip install --quiet --editable '.[$(ORT),bulk]'
-	CONCORD_TEST_EVERYTHING=1 $(BIN)/python -m pytest tests/test_docker.py tests/service/test_dataset.py
+	CONCORD_TEST_EVERYTHING=1 $(BIN)/python -m pytest tests/test_docker.py tests/service/test_dataset.py tests/service/test_bulk.py
 
 # The images' packages, every file by its hash. PyTorch's CPU build comes from its own index or folder: UV_INDEX or UV_FIND_LINKS.
 UV_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \

@@ -42,7 +42,8 @@ def run(
         ray.init(address=address)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        done = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts)).map(
+        todo: Any = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts))
+        done = todo.map(
             Worker,
             fn_constructor_args=(job, source, output),
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(parts))),

@@ -1,11 +1,6 @@
 """Parquet in, Parquet with embeddings out: the same numbers as over HTTP, whole files only, each row once."""
 
 import io
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -167,54 +162,3 @@ def test_a_taken_column_and_an_empty_folder_are_refused(job: Job, tmp_path: Path
     pq.write_table(rows(1).append_column("error", pa.array(["x"])), tmp_path / "a.parquet")
     with pytest.raises(JobError, match="column error already"):
         plan(job, str(tmp_path / "a.parquet"), str(tmp_path / "output"))
-
-
-def test_the_command_survives_a_killed_worker_and_its_own_death(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """Real processes, by their command line: a minute or two."""
-    pytest.importorskip("ray", reason="Ray is not installed: make deploy-check does that")
-    source, output = tmp_path / "a.parquet", tmp_path / "output"
-    table = pa.table({"number": range(3000), "picture": [picture(i) for i in range(3000)]})
-    pq.write_table(table, source, row_group_size=150)
-    command = [sys.executable, "-m", "service", "--bundle", str(tiny_bundle.path), "embed-dataset", str(source), str(output)]
-    command += ["--column", "image=picture", "--workers", "2", "--refine-steps", "8"]
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-    def wait_for_files(count: int, process: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + 120
-        while len(list(output.glob("*.parquet"))) < count:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    with start() as first:
-        wait_for_files(2, first)
-        first.kill()
-    assert 2 <= len(list(output.glob("*.parquet"))) < 20, "it was to be killed on its way"
-    with start() as second:
-        wait_for_files(len(list(output.glob("*.parquet"))) + 1, second)
-        os.kill(_a_worker_of(second.pid), signal.SIGKILL)
-        told, _ = second.communicate(timeout=240)
-    assert second.returncode == 0, told
-    assert "files were there already" in told
-    done = pq.read_table(output)
-    assert sorted(done["number"].to_pylist()) == list(range(3000))
-    assert done["error"].null_count == 3000
-
-
-def _a_worker_of(driver: int) -> int:
-    """A process that runs the job's actor, below the driver's own Ray."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name = (folder / "cmdline").read_bytes().decode(errors="replace")
-            parents[int(folder.name)] = (int((folder / "stat").read_text().rpartition(")")[2].split()[1]), name)
-        except (OSError, ValueError):
-            continue
-    below = {driver}
-    for _ in range(4):
-        below |= {pid for pid, (parent, _) in parents.items() if parent in below}
-    workers = [pid for pid in below if pid in parents and "MapWorker" in parents[pid][1]]
-    assert workers, [parents[pid] for pid in below if pid in parents]
-    return workers[0]

@@ -1,0 +1,79 @@
+"""The job as people run it: killed from outside, it goes on, and every row is there once."""
+
+import importlib.util
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from model.bundle import Bundle
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("Ray is not installed: make deploy-check does that", allow_module_level=True)
+
+
+def picture(seed: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_the_command_survives_a_killed_worker_and_its_own_death(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Real processes, by their command line: a minute or two."""
+    source, output = tmp_path / "a.parquet", tmp_path / "output"
+    table = pa.table({"number": range(3000), "picture": [picture(i) for i in range(3000)]})
+    pq.write_table(table, source, row_group_size=150)
+    command = [sys.executable, "-m", "service", "--bundle", str(tiny_bundle.path), "embed-dataset", str(source), str(output)]
+    command += ["--column", "image=picture", "--workers", "2", "--refine-steps", "8"]
+
+    patient = os.environ | {"RAY_raylet_start_wait_time_s": "120"}  # where other work holds the machine
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, env=patient, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def wait_for_files(count: int, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 120
+        while len(list(output.glob("*.parquet"))) < count:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with start() as first:
+        wait_for_files(2, first)
+        first.kill()
+    assert 2 <= len(list(output.glob("*.parquet"))) < 20, "it was to be killed on its way"
+    with start() as second:
+        wait_for_files(len(list(output.glob("*.parquet"))) + 1, second)
+        os.kill(_a_worker_of(second.pid), signal.SIGKILL)
+        told, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, told
+    assert "files were there already" in told
+    done = pq.read_table(output)
+    assert sorted(done["number"].to_pylist()) == list(range(3000))
+    assert done["error"].null_count == 3000
+
+
+def _a_worker_of(driver: int) -> int:
+    """A process that runs the job's actor, below the driver's own Ray."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_bytes().decode(errors="replace")
+            parents[int(folder.name)] = (int((folder / "stat").read_text().rpartition(")")[2].split()[1]), name)
+        except (OSError, ValueError):
+            continue
+    below = {driver}
+    for _ in range(4):
+        below |= {pid for pid, (parent, _) in parents.items() if parent in below}
+    workers = [pid for pid in below if pid in parents and "MapWorker" in parents[pid][1]]
+    assert workers, [parents[pid] for pid in below if pid in parents]
+    return workers[0]
