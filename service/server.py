@@ -25,6 +25,8 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than balancers keep a connection that nobody uses, so that they close it and not we, while they send."""
 LINGER_SECONDS = 1.0
 """At the end an unused connection may still bring one request for so long."""
+UNREAD_MS = 30_000
+"""Who does not take in an answer for so long is cut off by the kernel."""
 FORCED = 1
 
 log = structlog.get_logger(__name__)
@@ -168,6 +170,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)  # connections inherit it
         listener.bind(address)
     except OSError:
         listener.close()
