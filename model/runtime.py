@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float32, Shaped
 from model import bundle
 from model.modality import Modality
 
+VERSION: str = onnxruntime.__version__
+"""Of ONNX Runtime."""
 Device = Literal["auto", "cpu", "cuda"]
 Inputs = Mapping[str, Shaped[np.ndarray, "batch ..."]]
 

@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import onnxruntime
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from model.modality import Modality
-from model.runtime import Runtime
+from model.runtime import VERSION, Runtime
 from service import admin, contract, embeddings, models, probes, routes, tracing
 from service.access import Access
 from service.body import BodyLimit
@@ -37,7 +36,7 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
     """
     keys = Keys(settings.api_keys_file, burst=settings.max_items) if settings.api_keys_file else None
     traced = tracing.to(settings.otel)
-    build = {"version": version("concord"), "python": platform.python_version(), "onnxruntime": onnxruntime.__version__}
+    build = {"version": version("concord"), "python": platform.python_version(), "onnxruntime": VERSION}
     metrics = Metrics(build)
     bundles = Bundles(opened, settings, metrics)
 

@@ -48,3 +48,9 @@ def test_the_service_starts_without_what_only_training_needs() -> None:
     script = f"import sys, service.__main__; print(*(sys.modules.keys() & {HEAVY!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=60, cwd=ROOT, text=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("file", FILES, ids=named)
+def test_one_door_to_onnx_runtime(file: Path) -> None:
+    """Where its telemetry is switched off first: ``model/__init__.py`` says so before anything else is imported."""
+    assert file == ROOT / "model" / "runtime.py" or "onnxruntime" not in {name.partition(".")[0] for name in imports(file)}
