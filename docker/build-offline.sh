@@ -50,6 +50,7 @@ try() {
     trap '$BUILDAH rm "$container" >/dev/null' EXIT
     mapfile -t environment < <($BUILDAH inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" | grep .)
     mapfile -t entry < <($BUILDAH inspect --format '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' "$container" | grep .)
+    folder=$($BUILDAH inspect --format '{{.OCIv1.Config.WorkingDir}}' "$container")
     environment+=($(env | grep '^CONCORD_' || true))
     # A mount namespace of its own: the mounts go when the program ends, and nobody else sees them.
     unshare --mount --propagation private bash -euc '
@@ -62,7 +63,7 @@ try() {
         mount -o remount,bind,ro "$root"
         exec chroot "$root" setpriv --reuid 65532 --regid 65532 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all \
             env --ignore-environment "$@"
-    ' bash "$root" "${environment[@]}" "${entry[@]}" "$@"
+    ' bash "$root" --chdir "${folder:-/}" "${environment[@]}" "${entry[@]}" "$@"
 }
 
 case ${1:-} in
