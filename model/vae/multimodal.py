@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.modality import Modality, resolve_weights
 from model.vae.gaussian import Gaussian, kl, sample
 from model.vae.likelihood import expectation, log_likelihood
-from model.vae.networks import decoder
+from model.vae.networks import decoder, initialise
 from model.vae.posterior import SetEncoder
 from model.vae.refiner import Refiner
 
@@ -38,6 +38,8 @@ class MultimodalVAE(nn.Module):
         self.aligned = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width)
         self.refiner = Refiner(latent=latent, hidden=hidden, beta=beta)
         self.decoders = nn.ModuleDict({m.name: decoder(m, latent, hidden, width) for m in modalities})
+        for part in self.decoders.values():
+            initialise(part)
 
     def decode(self, name: str, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch ..."]:
         """Expectation of one modality, see ``likelihood.expectation``."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model.modality import ImageModality, Modality, TextModality
 
+SILU_GAIN = 1.7  # standard normal in, standard normal out: 1 / sqrt(E[SiLU(x)^2]), rounded
 COARSEST = 4  # pixels: the side at which convolutions stop halving
 
 
@@ -43,6 +44,24 @@ def decoder(modality: Modality, latent: int, hidden: int, width: int) -> nn.Modu
     return nn.Sequential(
         nn.Linear(latent, hidden), nn.SiLU(), *_perceptron(hidden, math.prod(shape), hidden), nn.Unflatten(1, shape)
     )
+
+
+def initialise(network: nn.Module, last: float = 1.0) -> None:
+    """Draw weights that keep the scale of signals from layer to layer; that of the last layer's output is ``last``.
+
+    PyTorch's default shrinks them by a half or more in each layer with a SiLU behind it. A decoder that begins so quiet learns
+    to ignore z before z says anything, and the whole model stays there.
+    """
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
+    for layer in layers:
+        if isinstance(layer, nn.ConvTranspose2d):  # of kernel 4 and stride 2, so that 2 x 2 places meet in each output
+            inputs = layer.in_channels * 4
+        else:
+            inputs = layer.weight[0].numel()
+        gain = last if layer is layers[-1] else SILU_GAIN
+        nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def _perceptron(inputs: int, outputs: int, hidden: int = 0) -> tuple[nn.Module, ...]:

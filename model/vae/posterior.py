@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from model.modality import Modality
 from model.vae.gaussian import Gaussian, bounded
-from model.vae.networks import encoder
+from model.vae.networks import encoder, initialise
+
+POSTERIOR_SCALE = 0.3  # begin near the prior, and not on it
 
 
 class SetEncoder(nn.Module):
@@ -36,6 +38,9 @@ class SetEncoder(nn.Module):
             nn.SiLU(),
             nn.Linear(hidden, 2 * latent),
         )
+        for trunk in self.trunks.values():
+            initialise(trunk)
+        initialise(self.fusion, last=POSTERIOR_SCALE)
 
     def features(self, arrays: Mapping[str, Shaped[Tensor, "batch ..."]]) -> Float[Tensor, "batch modality feature"]:
         """Trunk features of every modality; those of absent ones mean nothing yet."""

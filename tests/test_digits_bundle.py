@@ -1,0 +1,63 @@
+"""What the built-in bundle promises of itself, asked of the bundle itself."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model import bundle, codec
+from model.runtime import Posterior, Runtime
+from tests.judge import classify
+from tests.readme import ROOT
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SAMPLES = 64
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
+
+
+def encode(runtime: Runtime, **values: object) -> Posterior:
+    row = {m.name: codec.decode(m, values[m.name]) for m in runtime.modalities if m.name in values}
+    inputs = {m.name: row.get(m.name, np.zeros(m.shape, m.dtype))[np.newaxis] for m in runtime.modalities}
+    return runtime.encode(inputs, np.array([[m.name in row for m in runtime.modalities]]))
+
+
+def test_figures_hold_what_was_promised(runtime: Runtime) -> None:
+    metrics = runtime.bundle.manifest.metrics
+    probe = metrics["probe"]
+    assert probe["digit"] >= 0.95
+    assert probe["photo"] >= 0.90
+    assert probe["word"] >= 0.99
+    assert min(value for name, value in probe.items() if name.count("+") == 1) >= 0.98
+    assert metrics["refinement"]["raised"] >= 0.95
+
+
+def test_size_stays_fit_for_git(runtime: Runtime) -> None:
+    assert sum(entry.bytes for entry in runtime.bundle.manifest.files.values()) <= 20e6
+
+
+@pytest.mark.parametrize("digit", range(10))
+def test_a_word_gives_its_digit(runtime: Runtime, digit: int) -> None:
+    """By the posterior's mean always, by its samples mostly: the share is what the README admits."""
+    posterior = encode(runtime, word=WORDS[digit])
+    assert classify(runtime.decode("digit", posterior.mean)[:, 0]) == [digit]
+    noise = np.random.default_rng(0).standard_normal((SAMPLES, runtime.latent), dtype=np.float32)
+    z = posterior.mean + np.exp(posterior.log_var / 2) * noise
+    assert np.mean(classify(runtime.decode("digit", z)[:, 0]) == digit) >= 0.5
+
+
+def test_a_picture_gives_its_digit(runtime: Runtime) -> None:
+    """A drawing that is in no data set."""
+    photo = base64.b64encode((ROOT / "tests/fixtures/photo-7.png").read_bytes()).decode()
+    posterior = encode(runtime, photo=photo)
+    assert classify(runtime.decode("digit", posterior.mean)[:, 0]) == [7]
+
+
+def test_the_judge_reads_the_fixture() -> None:
+    picture = Image.open(io.BytesIO((ROOT / "tests/fixtures/digit-7.png").read_bytes()))
+    assert classify(np.asarray(picture, dtype=np.float32)[np.newaxis] / 255) == [7]
