@@ -54,10 +54,8 @@ def initialise(network: nn.Module, last: float = 1.0) -> None:
     """
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
     for layer in layers:
-        if isinstance(layer, nn.ConvTranspose2d):  # of kernel 4 and stride 2, so that 2 x 2 places meet in each output
-            inputs = layer.in_channels * 4
-        else:
-            inputs = layer.weight[0].numel()
+        # A transposed convolution of kernel 4 and stride 2 brings 2 x 2 places together in each output.
+        inputs = layer.in_channels * 4 if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
         gain = last if layer is layers[-1] else SILU_GAIN
         nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
         if layer.bias is not None:
