@@ -30,8 +30,8 @@ def results_table(manifest: Manifest) -> str:
         "",
         f"{refinement['steps']} steps raise the ELBO of {refinement['raised']:.1%} of the {metrics['test_rows']:,} test rows; "
         f"judged with fresh noise, of {refinement['raised_fresh_noise']:.1%}, from {refinement['elbo_before']:.1f} to "
-        f"{refinement['elbo_after']:.1f} on average. Training took {training['seconds'] / 60:.0f} minutes on one core of a "
-        f"2-core machine and {training['peak_memory_bytes'] / 2**30:.1f} GiB.",
+        f"{refinement['elbo_after']:.1f} on average. Training took {training['seconds'] / 60:.0f} minutes on 2 CPU cores and "
+        f"{training['peak_memory_bytes'] / 2**30:.1f} GiB.",
     ]
     return "\n".join(lines)
 
