@@ -35,6 +35,7 @@ CODES: dict[str, tuple[int, str]] = {
     "bad_attributes": (422, "Bad attributes"),
     "wrong_type": (422, "Wrong type"),
     "quota_exceeded": (429, "Quota exceeded"),
+    "headers_too_large": (431, "Request Header Fields Too Large"),
     "client_gone": (499, "Client closed the connection"),
     "internal": (500, "Internal error"),
     "queue_full": (503, "Server overloaded"),

@@ -27,9 +27,14 @@ LINGER_SECONDS = 1.0
 """At the end an unused connection may still bring one request for so long."""
 UNREAD_MS = 30_000
 """Who does not take in an answer for so long is cut off by the kernel."""
+MOST_HEAD_BYTES = 64 << 10
+"""Of a request's line and headers. The parser itself would take in any number."""
 FORCED = 1
 
 log = structlog.get_logger(__name__)
+
+
+_TOO_LARGE = Problem("headers_too_large", f"the request's line and headers are larger than {MOST_HEAD_BYTES} bytes")
 
 
 class State(ServerState):
@@ -51,16 +56,33 @@ class Protocol(HttpToolsProtocol):
         self._head_seconds = head_seconds
         self._body_seconds = body_seconds
         self._timer: asyncio.TimerHandle | None = None
+        self._head_bytes: int | None = None  # none outside of a head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._within(self._head_seconds, transport.close)
 
+    def data_received(self, data: bytes) -> None:
+        within = self._head_bytes is not None
+        super().data_received(data)
+        if within and self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MOST_HEAD_BYTES:
+                self._refuse(_TOO_LARGE)
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._head_bytes = 0
         self._within(self._head_seconds, self._late)
 
     def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MOST_HEAD_BYTES:
+            self._refuse(_TOO_LARGE)
+            raise ValueError("too large")  # which ends the parsing
+        codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and (codings != [b"chunked"] or self.parser.get_http_version() != "1.1"):
+            raise ValueError("where the body ends is open to dispute")
         super().on_headers_complete()
         if getattr(self.server_state, "draining", False):
             self.cycle.keep_alive = False  # the answer says so, and the client asks elsewhere next
@@ -96,6 +118,8 @@ class Protocol(HttpToolsProtocol):
         self._refuse(Problem("request_timeout", f"the headers were not there within {self._head_seconds:g} s"))
 
     def _refuse(self, problem: Problem) -> None:
+        if self.transport.is_closing():
+            return
         answer = problem.answer(uuid.uuid4().hex)
         head = b"".join(b"%s: %s\r\n" % header for header in answer.raw_headers)
         status = f"HTTP/1.1 {problem.status} {CODES[problem.code][1]}\r\n".encode()

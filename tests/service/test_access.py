@@ -15,6 +15,7 @@ from service.probes import OPEN
 Serve = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
 ADA = "the-key-of-a-lovelace"
 GRACE = "the-key-of-g-hopper"
+MARY = "the-key-of-m-somerville"
 WORD = {"inputs": [{"word": "one"}]}
 GUARDED = [
     "/v1/models",
@@ -35,7 +36,7 @@ def bearer(key: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("keys") / "keys"
-    path.write_text(f"{ADA} ada\n{GRACE} grace 0.5\n")
+    path.write_text(f"{ADA} ada\n{GRACE} grace 0.01\n{MARY} mary 0.01\n")
     return path
 
 
@@ -94,8 +95,9 @@ def test_a_quota_is_429_and_apart_from_others(locked: httpx.Client) -> None:
     assert locked.post("/embed", json=four, headers=bearer(GRACE)).status_code == 200
     spent = locked.post("/embed", json=four, headers=bearer(GRACE))
     assert (spent.status_code, spent.json()["code"]) == (429, "quota_exceeded")
-    assert 1000 < spent.json()["retry_after_ms"] <= 2000, "one item at half an item a second"
-    assert spent.headers["retry-after"] == "2"
+    assert 50_000 < spent.json()["retry_after_ms"] <= 100_000, "one item in a hundred seconds"
+    assert spent.headers["retry-after-ms"] == str(spent.json()["retry_after_ms"])
+    assert 0 <= 1000 * int(spent.headers["retry-after"]) - spent.json()["retry_after_ms"] < 1000
     assert locked.post("/embed", json=four, headers=bearer(ADA)).status_code == 200
     assert locked.post("/embed", content=b"{", headers=bearer(GRACE)).status_code == 429, "before its body is read"
     assert locked.get("/v1/models", headers=bearer(GRACE)).status_code == 200
@@ -106,25 +108,21 @@ def test_a_quota_is_429_and_apart_from_others(locked: httpx.Client) -> None:
 
 
 def test_the_wait_that_is_told_is_enough(serve: Serve, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text(f"{ADA} ada 10\n")
-    with serve(api_keys_file=tmp_path / "keys", max_items=4) as client:
-        three = {"inputs": WORD["inputs"] * 4}
-        answers = [client.post("/embed", json=three, headers=bearer(ADA)) for _ in range(4)]
-        waits = [answer.json()["retry_after_ms"] for answer in answers if answer.status_code == 429]
-        assert waits, "ten at once, four at a time"
-        time.sleep(waits[-1] / 1000)
-        assert client.post("/embed", json=three, headers=bearer(ADA)).status_code == 200
+    (tmp_path / "keys").write_text(f"{ADA} ada 2\n")
+    with serve(api_keys_file=tmp_path / "keys", max_items=2) as client:
+        two = {"inputs": WORD["inputs"] * 2}
+        while (refused := client.post("/embed", json=two, headers=bearer(ADA))).status_code == 200:
+            pass
+        one_item = refused.json()["retry_after_ms"] / 1000
+        time.sleep(one_item)
+        assert client.post("/embed", json=WORD, headers=bearer(ADA)).status_code == 200
 
 
 def test_items_over_the_quota_are_not_decoded(locked: httpx.Client) -> None:
-    """Four bad items cost four: to be wrong is not free."""
-    bad = {"inputs": [{"photo": "AAAA"}] * 4}
-    deadline = time.monotonic() + 30
-    while (answer := locked.post("/embed", json=bad, headers=bearer(GRACE))).status_code == 429:
-        assert time.monotonic() < deadline
-        time.sleep(answer.json()["retry_after_ms"] / 1000)
-    assert answer.status_code == 400
-    assert locked.post("/embed", json=bad, headers=bearer(GRACE)).status_code == 429
+    """And bad ones cost what good ones do: to be wrong is not free."""
+    bad = {"inputs": [{"photo": "AAAA"}] * 3}
+    assert locked.post("/embed", json=bad, headers=bearer(MARY)).status_code == 400
+    assert locked.post("/embed", json=bad, headers=bearer(MARY)).status_code == 429
 
 
 def test_a_rotation_takes_no_restart(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +132,9 @@ def test_a_rotation_takes_no_restart(serve: Serve, tmp_path: Path, monkeypatch: 
     with serve(api_keys_file=file) as client:
         for content, expected in ((f"{ADA}\n{GRACE}\n", (200, 200)), (f"{GRACE}\n", (403, 200)), ("broken\n", (403, 200))):
             file.write_text(content)
-            time.sleep(0.3)
-            assert tuple(client.get("/v1/models", headers=bearer(key)).status_code for key in (ADA, GRACE)) == expected
+            deadline = time.monotonic() + 20
+            while tuple(client.get("/v1/models", headers=bearer(key)).status_code for key in (ADA, GRACE)) != expected:
+                assert time.monotonic() < deadline, content
 
 
 def test_the_document_asks_for_the_key(locked: httpx.Client, client: httpx.Client) -> None:

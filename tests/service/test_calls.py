@@ -2,6 +2,7 @@
 
 import base64
 import string
+import time
 from typing import Any
 
 import httpx
@@ -185,10 +186,11 @@ def test_every_fault_of_every_item_is_told(client: httpx.Client) -> None:
     ],
 )
 def test_hostile_json(client: httpx.Client, content: bytes, status: int, code: str) -> None:
+    started = time.process_time()
     response = client.post("/embed", content=content, headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["code"]) == (status, code)
     assert len(response.content) < 10_000
-    assert response.elapsed.total_seconds() < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_of_a_key_given_twice_the_last_counts(client: httpx.Client) -> None:

@@ -4,8 +4,9 @@ import asyncio
 import hashlib
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, sleep, thread_time_ns
 from typing import Any
 
 import pytest
@@ -80,29 +81,30 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(file: Path, monkeypatch
     file.write_text(f"{ADA} ada\n")
     found = Keys(file, burst=1)
 
-    async def until(expected: list[str | None]) -> None:
-        deadline = monotonic() + 10
-        while names(found, ADA, GRACE) != expected:
+    async def until(condition: Callable[[], bool]) -> None:
+        deadline = monotonic() + 20
+        while not condition():
             assert monotonic() < deadline
             await asyncio.sleep(0.005)
 
     async def rotate() -> None:
         async with found.watched():
             file.write_text(f"{ADA} ada\n{GRACE} grace\n")
-            await until(["ada", "grace"])
+            await until(lambda: names(found, ADA, GRACE) == ["ada", "grace"])
             with structlog.testing.capture_logs() as logged:
-                for broken in (f"{GRACE} grace\nshort\n", "", "\0"):
+                for number, broken in enumerate((f"{GRACE} grace\nshort\n", "# nobody\n", "two\nkeys\n")):
                     file.write_text(broken)
-                    await asyncio.sleep(0.1)
+                    await until(lambda number=number: len(logged) > number)  # type: ignore[misc]
+                    await asyncio.sleep(0.05)
                 file.unlink()
-                await asyncio.sleep(0.1)
+                await until(lambda: len(logged) > 3)
             assert names(found, ADA, GRACE) == ["ada", "grace"]
             assert {entry["log_level"] for entry in logged} == {"error"}
-            assert 3 <= len(logged) <= 4, "each state is told once"
+            assert len(logged) == 4, "each state is told once"
             assert not any(key in str(logged) for key in (ADA, GRACE, "short\\n"))
             file.symlink_to(file.with_suffix(".new"))  # how Kubernetes swaps a secret
             file.with_suffix(".new").write_text(f"{GRACE} grace\n")
-            await until([None, "grace"])
+            await until(lambda: names(found, ADA, GRACE) == [None, "grace"])
 
     asyncio.run(rotate())
     file.with_suffix(".new").write_text(f"{ADA} ada\n")
@@ -176,16 +178,16 @@ def test_the_time_to_refuse_tells_nothing_of_the_key(file: Path) -> None:
     file.write_text("".join(f"{number:032d}\n" for number in range(200)))
     found = Keys(file, burst=1)
 
-    def seconds(presented: bytes) -> float:
+    def taken(presented: bytes) -> int:
         times = []
         for _ in range(50):
-            began = monotonic()
+            began = thread_time_ns()
             found.find(presented)
-            times.append(monotonic() - began)
+            times.append(thread_time_ns() - began)
         return sorted(times)[5]
 
-    near, far, first = seconds(b"0" * 31), seconds(b"x" * 31), seconds(b"0" * 32)
-    assert max(near, far, first) < 2 * min(near, far, first)
+    near, far, first = taken(b"0" * 31), taken(b"x" * 31), taken(b"0" * 32)
+    assert max(near, far, first) < 3 * min(near, far, first)
 
 
 @pytest.fixture(autouse=True)

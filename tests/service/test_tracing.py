@@ -129,8 +129,8 @@ def test_without_a_collector_calls_go_on(serve: Serve) -> None:
         for _ in range(5):
             client.post("/embed", json=WORD).raise_for_status()
         ended = time.monotonic()
-        assert ended - started < 10
-    assert time.monotonic() - ended < 15, "and the server ends"
+        assert ended - started < 30
+    assert time.monotonic() - ended < 30, "and the server ends"
 
 
 def test_off_nothing_of_it_is_loaded() -> None:
