@@ -13,8 +13,6 @@
 Nothing in a bundle can run code: no pickle, standard ONNX operators alone, no file outside the folder.
 """
 
-import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -28,6 +26,7 @@ from typing import Any
 import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from model.exchange import put_in_place
 from model.modality import Modality
 
 FORMAT = 1
@@ -188,7 +187,7 @@ def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str
         _write_durably(staging / MANIFEST, text.encode() + b"\n")
         read(staging)
         staging.chmod(0o755)
-        _swap(staging, path)
+        put_in_place(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return read(path)
@@ -275,34 +274,3 @@ def _write_durably(file: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _swap(staging: Path, path: Path) -> None:
-    """Put ``staging`` in the place of ``path``, and what was there, if anything, in the place of ``staging``."""
-    if not path.exists():
-        staging.rename(path)
-        return
-    try:
-        _exchange(staging, path)
-    except OSError as error:
-        if error.errno not in _NO_EXCHANGE:
-            raise
-        retired = staging.with_name(f"{staging.name}-old")
-        path.rename(retired)  # the best that is left: for a moment there is no bundle
-        staging.rename(path)
-        retired.rename(staging)
-
-
-_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP}  # what systems say that cannot
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Two names change places in one system call, Linux's renameat2, which Python does not offer."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError as error:
-        raise OSError(errno.ENOSYS, "no renameat2") from error
-    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(other))

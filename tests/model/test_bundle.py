@@ -293,19 +293,6 @@ def test_a_write_that_does_not_verify_leaves_the_old_bundle(tmp_path: Path, mate
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "encode.onnx"]
 
 
-def test_a_file_system_that_cannot_exchange_still_gets_its_bundle(
-    tmp_path: Path, material: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Path) -> None:
-        raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(bundle, "_exchange", refuse)
-    write(tmp_path / "b", **material)
-    material["facts"]["version"] = "2"
-    assert write(tmp_path / "b", **material).manifest.version == "2"
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
-
-
 def test_there_is_a_bundle_at_every_moment(tmp_path: Path, material: dict[str, Any]) -> None:
     write(tmp_path / "b", **material)
     done, missed = threading.Event(), []

@@ -52,7 +52,9 @@ def test_other_kinds(modality: Modality, raw_shape: tuple[int, ...]) -> None:
     check(modality, raw_shape)
 
 
-@pytest.mark.parametrize(("side", "top", "left"), [((28, 28), 2, 2), ((37, 21), 1, 1), ((16, 16), 0, 0), ((9, 6), 0, 0), ((9, 7), 0, 0)])
+@pytest.mark.parametrize(
+    ("side", "top", "left"), [((28, 28), 2, 2), ((37, 21), 1, 1), ((16, 16), 0, 0), ((9, 6), 0, 0), ((9, 7), 0, 0)]
+)
 def test_the_picture_is_the_middle_of_its_grid(side: tuple[int, int], top: int, left: int) -> None:
     modality = ImageModality(name="picture", channels=1, height=side[0], width=side[1])
     network = decoder(modality, latent=4, hidden=6, width=2)
