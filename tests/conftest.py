@@ -1,12 +1,13 @@
 """A tiny model of every kind of modality, and the bundle it exports to: made once, shared by all tests, changed by none.
 
-Array shapes in annotations are checked through the whole run, so the hook comes before anything of ours is imported.
+Array shapes in annotations are checked through the whole run, so the hook comes before anything of ours is imported. What
+needs seconds to import is imported by the fixtures that need it: most tests of the service do not.
 """
-# ruff: noqa: E402
+# ruff: noqa: E402, PLC0415
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import install_import_hook
 
@@ -14,18 +15,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch counts the cores: 
 install_import_hook(["model", "training"], "beartype.beartype")
 
 import pytest
-import torch
-from torch import Tensor
 
 from model import bundle
 from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
-from model.vae.export import export_bundle
-from model.vae.multimodal import MultimodalVAE
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from torch import Tensor
 
-MakeVAE = Callable[..., MultimodalVAE]
-MakeRows = Callable[..., dict[str, Tensor]]
+    from model.vae.multimodal import MultimodalVAE
+
+MakeVAE = Callable[..., "MultimodalVAE"]
+MakeRows = Callable[..., dict[str, "Tensor"]]
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +42,9 @@ def tiny_modalities() -> tuple[Modality, ...]:
 @pytest.fixture(scope="session")
 def make_vae() -> MakeVAE:
     """An untrained model of given modalities. What begins at zero holds numbers too, so that every weight counts."""
+    import torch
+
+    from model.vae.multimodal import MultimodalVAE
 
     def make_vae(modalities: Sequence[Modality], *, width: int = 8, beta: float = 2.0) -> MultimodalVAE:
         with torch.random.fork_rng():
@@ -57,6 +60,8 @@ def make_vae() -> MakeVAE:
 @pytest.fixture(scope="session")
 def make_rows() -> MakeRows:
     """Random complete rows, by modality (rows, *shape)."""
+    import torch
+    from torch import Tensor
 
     def make_rows(modalities: Sequence[Modality], rows: int, seed: int = 0) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -77,7 +82,7 @@ def make_rows() -> MakeRows:
 
 
 @pytest.fixture(scope="session")
-def tiny_vae(tiny_modalities: tuple[Modality, ...], make_vae: MakeVAE) -> MultimodalVAE:
+def tiny_vae(tiny_modalities: tuple[Modality, ...], make_vae: MakeVAE) -> "MultimodalVAE":
     return make_vae(tiny_modalities)
 
 
@@ -97,9 +102,11 @@ def tiny_facts() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(
-    tiny_vae: MultimodalVAE, make_rows: MakeRows, tiny_facts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    tiny_vae: "MultimodalVAE", make_rows: MakeRows, tiny_facts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> bundle.Bundle:
     """``tiny_vae`` on disk, with two noise samples. Copy it before changing anything."""
+    from model.vae.export import export_bundle
+
     path = tmp_path_factory.mktemp("bundles") / "tiny"
     examples = make_rows(tiny_vae.modalities, 15)
     return export_bundle(tiny_vae, path, facts=tiny_facts, samples=2, horizon=3, examples=examples, card="# tiny\n")
