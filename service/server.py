@@ -4,6 +4,7 @@ import asyncio
 import functools
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -34,6 +35,7 @@ FORCED = 1
 log = structlog.get_logger(__name__)
 
 
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _TOO_LARGE = Problem("headers_too_large", f"the request's line and headers are larger than {MOST_HEAD_BYTES} bytes")
 
 
@@ -56,6 +58,7 @@ class Protocol(HttpToolsProtocol):
         self._head_seconds = head_seconds
         self._body_seconds = body_seconds
         self._timer: asyncio.TimerHandle | None = None
+        self._within_message = False
         self._head_bytes: int | None = None  # none outside of a head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -63,6 +66,11 @@ class Protocol(HttpToolsProtocol):
         self._within(self._head_seconds, transport.close)
 
     def data_received(self, data: bytes) -> None:
+        if not self._within_message:
+            # Java's client offers HTTP/2 with each first request. The parser would take that for the end of HTTP, and what
+            # follows, which is the body, for something else.
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
         within = self._head_bytes is not None
         super().data_received(data)
         if within and self._head_bytes is not None:
@@ -72,6 +80,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._within_message = True
         self._head_bytes = 0
         self._within(self._head_seconds, self._late)
 
@@ -90,6 +99,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self._within_message = False
         self._within(None)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -445,6 +446,18 @@ class TestHeaders:
         assert received.startswith(b"HTTP/1.1 400 ")
         assert received.count(b"HTTP/1.1 ") == 1, "the rest of the connection is not read"
         assert b"connection: close" in received
+
+    @pytest.mark.parametrize("protocol", [b"h2c", b"websocket", b"TLS/1.0"])
+    def test_an_offer_to_speak_something_else_is_passed_over(self, service: Service, protocol: bytes) -> None:
+        """As Java's client makes it, and more than once in a connection."""
+        offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: " + protocol + b"\r\nHTTP2-Settings: AAMAAABk\r\n"
+        request = self.HEAD + offer + b"content-length: 27\r\n\r\n" + self.BODY
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+            for _ in range(3):
+                connection.sendall(request)
+                response = HTTPResponse(connection)
+                response.begin()
+                assert (response.status, len(json.loads(response.read())["data"])) == (200, 1)
 
     def test_a_transfer_encoding_in_http_1_0(self, service: Service) -> None:
         sent = self.HEAD.replace(b"1.1", b"1.0") + b"transfer-encoding: chunked\r\n\r\n" + self.CHUNKED
