@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -112,6 +113,8 @@ def embed_dataset(
 
 
 def _serve(settings: Settings) -> None:
+    if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+        os.set_blocking(sys.stdout.fileno(), False)  # lines are lost rather than requests held up when nobody reads them
     configure_logging(settings)
     for number in (signal.SIGTERM, signal.SIGINT):  # the server ends its work first and then raises them again
         signal.signal(number, lambda *_: sys.exit(0))

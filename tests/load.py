@@ -1,7 +1,8 @@
-"""Long runs against a service of their own: ``python -m tests.load overload|soak|sigterm|reload|poison``. Each prints JSON."""
+"""Long runs against a service of their own: ``python -m tests.load overload``, soak, sigterm, reload, poison, leave. JSON."""
 
 import asyncio
 import base64
+import contextlib
 import json
 import shutil
 import signal
@@ -115,18 +116,19 @@ async def sigterm_once(rate: float, seconds: float, delay_ms: int) -> dict[str, 
 
         async def balance() -> None:
             nonlocal ready
-            probes = Connections(service.port)
-            while ready:
-                ready = (await probes.ask(get("/readyz"))).status == 200
-                await asyncio.sleep(delay_ms / 5000)
+            async with Connections(service.port) as probes:
+                while ready:
+                    ready = (await probes.ask(get("/readyz"))).status == 200
+                    await asyncio.sleep(delay_ms / 5000)
 
         async def end() -> None:
             await asyncio.sleep(seconds)
             service.process.send_signal(signal.SIGTERM)
 
         balancing, ending = asyncio.create_task(balance()), asyncio.create_task(end())
-        answers = await flow(Connections(service.port), mixed(), rate, 60.0, lambda: ready)
-        await asyncio.gather(balancing, ending)
+        async with Connections(service.port) as connections:
+            answers = await flow(connections, mixed(), rate, 60.0, lambda: ready)
+            await asyncio.gather(balancing, ending)
         status = await asyncio.to_thread(service.process.wait, 60)
         return {"outcomes": outcomes(answers), "ms": quantiles(answers), "status": status}
 
@@ -148,23 +150,25 @@ async def reload_under_load(service: Service, place: Path, count: int, rate: flo
 
     async def exchange() -> None:
         nonlocal seen
-        connections = Connections(service.port)
-        for number in range(count):
-            good = number % 2 == 0
-            await asyncio.to_thread(exchange_bundle, place, f"{number}.0", good)
-            service.process.send_signal(signal.SIGHUP)
-            expected = ("ready", f"{number}.0") if good else ("failed", f"{number - 1}.0")
-            async with asyncio.timeout(60):
-                while True:
-                    (model,) = json.loads((await connections.ask(get("/v1/models"))).body)["data"]
-                    if (model["state"], model["version"]) == expected:
-                        break
-                    await asyncio.sleep(0.02)
-            seen += 1
-            resident.append(service.resident() >> 20)
+        async with Connections(service.port) as connections:
+            for number in range(count):
+                good = number % 2 == 0
+                await asyncio.to_thread(exchange_bundle, place, f"{number}.0", good)
+                service.process.send_signal(signal.SIGHUP)
+                expected = ("ready", f"{number}.0") if good else ("failed", f"{number - 1}.0")
+                async with asyncio.timeout(60):
+                    while await state(connections) != expected:
+                        await asyncio.sleep(0.02)
+                seen += 1
+                resident.append(service.resident() >> 20)
+
+    async def state(connections: Connections) -> tuple[str, str]:
+        (model,) = json.loads((await connections.ask(get("/v1/models"))).body)["data"]
+        return model["state"], model["version"]
 
     exchanging = asyncio.create_task(exchange())
-    answers = await flow(Connections(service.port), mixed(), rate, 3600.0, lambda: not exchanging.done())
+    async with Connections(service.port) as connections:
+        answers = await flow(connections, mixed(), rate, 3600.0, lambda: not exchanging.done())
     await exchanging
     return {
         "reloads": seen,
@@ -191,19 +195,73 @@ def poison(rounds: int = 100) -> None:
 
 
 async def poisoned(service: Service, rounds: int) -> dict[str, Any]:
-    connections = Connections(service.port)
     broken = post("/embed", {"inputs": [{"photo": base64.b64encode(png(0)[:200]).decode()}]})
     innocent = mixed(count=15)
     failed: list[Answer] = []
     pointed = 0
-    for number in range(rounds):
-        batch = [*innocent[: number % 16], broken, *innocent[number % 16 :]]
-        answers = await asyncio.gather(*(connections.ask(request) for request in batch))
-        guilty = answers.pop(number % 16)
-        told = json.loads(guilty.body)
-        pointed += guilty.status == 400 and told["errors"][0]["pointer"] == "/inputs/0/photo"
-        failed += [answer for answer in answers if answer.status != 200]
+    async with Connections(service.port) as connections:
+        for number in range(rounds):
+            batch = [*innocent[: number % 16], broken, *innocent[number % 16 :]]
+            answers = await asyncio.gather(*(connections.ask(request) for request in batch))
+            guilty = answers.pop(number % 16)
+            told = json.loads(guilty.body)
+            pointed += guilty.status == 400 and told["errors"][0]["pointer"] == "/inputs/0/photo"
+            failed += [answer for answer in answers if answer.status != 200]
     return {"rounds": rounds, "innocent_failures": len(failed), "answers_400_with_pointer": pointed}
+
+
+@cli.command()
+def leave(count: int = 10_000) -> None:
+    """Clients that go away at every stage of a request: nothing may stay behind."""
+    with running() as service:
+        _print(left(service, count))
+
+
+async def left(service: Service, count: int) -> dict[str, Any]:
+    whole = [post("/embed", {"inputs": [{"word": "seven"}] * 8, "refine": {"steps": steps}}) for steps in (0, 32)]
+    stages = [(whole[0][:50], 0.0), (whole[0][:-1], 0.002), (whole[0], 0.0), (whole[0], 0.004), (whole[1], 0.02)]
+    counters = (
+        'concord_rejections_total{reason="client_gone"}',
+        'concord_request_duration_seconds_count{route="/embed",status="200"}',
+    )
+
+    async def one(number: int) -> None:
+        request, wait = stages[number % len(stages)]
+        _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(request)
+        await asyncio.sleep(wait)
+        if number % 2:
+            writer.transport.abort()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    async def state() -> tuple[int, int, int, float]:
+        told = await asyncio.to_thread(lambda: sum(service.metric(line) for line in counters))
+        return service.descriptors(), service.threads(), service.resident() >> 20, told
+
+    async def all_leave(count: int) -> None:
+        for start in range(0, count, 20):
+            await asyncio.gather(*(one(number) for number in range(start, min(count, start + 20))))
+        quiet = 0
+        async with asyncio.timeout(30):
+            while quiet < 5:  # the last of them are seen a little later
+                quiet = quiet + 1 if await asyncio.to_thread(service.metric, "concord_requests_in_flight") == 1 else 0
+
+    await all_leave(500)  # what the first ones need stays
+    before = await state()
+    await all_leave(count)
+    after = await state()
+    heads = sum(number % len(stages) == 0 for number in range(count))  # which no application ever heard of
+    return {
+        "left": count,
+        "counted_or_answered": int(after[3] - before[3]) + heads,
+        "in_flight": service.metric("concord_requests_in_flight"),
+        "queue_depth": service.metric("concord_queue_depth"),
+        "descriptors": [before[0], after[0]],
+        "threads": [before[1], after[1]],
+        "resident_mb": [before[2], after[2]],
+    }
 
 
 def _series_of_metrics(service: Service) -> int:

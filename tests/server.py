@@ -101,6 +101,15 @@ class Service:
         return next(line for line in lines if "port" in line)
 
 
+def wait_until_ready(client: httpx.Client) -> None:
+    for _ in range(500):
+        with contextlib.suppress(httpx.ConnectError):
+            if client.get("/readyz").status_code == 200:
+                return
+        time.sleep(0.02)
+    raise AssertionError("it did not become ready")
+
+
 @contextlib.contextmanager
 def running(*arguments: str, **environment: str) -> Iterator[Service]:
     """A ready service, killed at the end."""

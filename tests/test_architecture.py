@@ -54,3 +54,11 @@ def test_the_service_starts_without_what_only_training_needs() -> None:
 def test_one_door_to_onnx_runtime(file: Path) -> None:
     """Where its telemetry is switched off first: ``model/__init__.py`` says so before anything else is imported."""
     assert file == ROOT / "model" / "runtime.py" or "onnxruntime" not in {name.partition(".")[0] for name in imports(file)}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.parent.name == "service"], ids=named)
+def test_no_clock_that_can_jump(file: Path) -> None:
+    """Durations and deadlines come from clocks that only go forward; ``time_ns`` is for the timestamps of spans."""
+    attributes = {ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"time.time", "datetime.now", "datetime.utcnow", "datetime.today"}
+    assert "time.time" not in imports(file)

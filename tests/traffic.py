@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import random
@@ -31,11 +32,17 @@ class Answer:
 
 
 class Connections:
-    """Keep-alive connections to one server, opened as they are needed."""
+    """Keep-alive connections to one server, opened as they are needed and closed at the end of an ``async with``."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._idle: deque[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = deque()
+
+    async def __aenter__(self) -> "Connections":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def ask(self, request: bytes, due: float | None = None) -> Answer:
         due = time.monotonic() if due is None else due
@@ -51,10 +58,10 @@ class Connections:
             fault = "timeout"
         return Answer(due, time.monotonic() - due, status, fault, body)
 
-    def close(self) -> None:
-        for _, writer in self._idle:
-            writer.close()
-        self._idle.clear()
+    async def close(self) -> None:
+        """Every connection that is kept."""
+        while self._idle:
+            await _close(self._idle.pop()[1])
 
     async def _exchange(self, request: bytes) -> tuple[int, bytes]:
         reader, writer = await self._open()
@@ -64,10 +71,10 @@ class Connections:
             length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
             body = await reader.readexactly(length)
         except BaseException:
-            writer.close()
+            await _close(writer)
             raise
         if b"connection: close" in head:
-            writer.close()
+            await _close(writer)
         else:
             self._idle.append((reader, writer))
         return int(head.split(b" ", 2)[1]), body
@@ -77,8 +84,14 @@ class Connections:
             reader, writer = self._idle.pop()
             if not reader.at_eof() and not writer.is_closing():
                 return reader, writer
-            writer.close()
+            await _close(writer)
         return await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 def get(path: str) -> bytes:

@@ -71,6 +71,11 @@ def drip(connection: socket.socket, content: bytes, seconds: float) -> float:
     return time.monotonic() - started
 
 
+def read_all(connection: socket.socket) -> None:
+    while connection.recv(65536):
+        pass
+
+
 def counted(client: httpx.Client, line: str) -> float:
     found = [own for own in client.get("/metrics").text.splitlines() if own.startswith(f"{line} ")]
     return float(found[0].rpartition(" ")[2]) if found else 0.0
@@ -119,8 +124,7 @@ def test_a_body_that_never_ends_is_answered_and_cut(serve: Serve) -> None:
         started = time.monotonic()
         drip(connection, b" ", 5)
         with contextlib.suppress(ConnectionError):
-            while connection.recv(65536):
-                pass
+            read_all(connection)
         assert time.monotonic() - started < 3, "nobody is allowed to go on for ever"
 
 
@@ -135,13 +139,11 @@ def test_who_does_not_read_is_cut_off(serve: Serve, monkeypatch: pytest.MonkeyPa
         connection.connect((client.base_url.host, client.base_url.port))
         with connection:
             connection.sendall(head(len(large)).replace(b"/embed", b"/cross-generate") + large)
-            wait_for(
-                lambda: counted(client, 'concord_request_duration_seconds_count{route="/cross-generate",status="200"}') == 1
-            )
+            answered = 'concord_request_duration_seconds_count{route="/cross-generate",status="200"}'
+            wait_for(lambda: counted(client, answered) == 1)
             time.sleep(4)
             with pytest.raises(ConnectionError):  # the rest of the answer is gone
-                while connection.recv(65536):
-                    pass
+                read_all(connection)
 
 
 def test_bodies_under_way_are_bounded_together(serve: Serve) -> None:
