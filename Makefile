@@ -7,7 +7,7 @@ CONFIG ?= training/configs/digits.toml
 # Where an NVIDIA driver is, ONNX Runtime's CUDA build; elsewhere its CPU build. They exclude each other.
 ORT ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: serve test lint train report openapi deploy-check lock sbom audit clean
+.PHONY: serve test lint train report openapi fuzz deploy-check lock sbom audit clean
 IMAGES := cpu gpu training
 
 serve: $(VENV)/.serve-$(ORT)
@@ -31,6 +31,12 @@ report: $(VENV)/.dev-$(ORT) openapi
 
 openapi: $(VENV)/.dev-$(ORT)
 	$(BIN)/python -m service openapi > openapi/openapi.json
+
+# schemathesis for a while, with all it knows, against a service that is up: make serve, and in another terminal make fuzz.
+FUZZ_SECONDS ?= 1200
+fuzz: $(VENV)/.dev-$(ORT)
+	SCHEMATHESIS_HOOKS=tests.fuzzing PYTHONPATH=. $(BIN)/schemathesis run http://localhost:$(PORT)/openapi.json \
+		--continue-on-failure --max-response-time 5 --max-time $(FUZZ_SECONDS)
 
 # What make test checks of docker/ and of bulk work with the tools it finds, with all of them: also needs promtool, prometheus and
 # kubectl on the PATH, and installs Ray.

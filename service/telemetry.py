@@ -162,13 +162,12 @@ class Telemetry:
         write(
             "answered",
             request_id=state["request_id"],
-            trace_id=state["trace"].id,
             method=scope["method"],
             route=route,
             status=status,
             code=code,
-            key=state.get("key"),
             ms=round(1000 * seconds, 2),
+            **{name: value for name, value in (("key", state.get("key")), ("trace_id", state["trace"].id)) if value},
         )
 
 

@@ -1,4 +1,4 @@
-"""schemathesis against a running service, with every check it knows; ``tests/fuzzing.py`` tells the command of the long run."""
+"""schemathesis against a running service, with every check it knows; ``make fuzz`` is the long run."""
 
 import os
 import subprocess
