@@ -14,10 +14,14 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch counts the cores: tests share them
 install_import_hook(["model", "training"], "beartype.beartype")
 
+import hypothesis
 import pytest
 
 from model import bundle
 from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
+
+hypothesis.settings.register_profile("shared", deadline=None)  # a busy machine is no defect of what is tested
+hypothesis.settings.load_profile("shared")
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,7 +1,7 @@
 """A digit classifier that has nothing to do with the model it judges: one hidden layer, fitted to MNIST's training pictures.
 
-Run as a program with the path of ``mnist-train.parquet`` (and of ``mnist-test.parquet``, to print its accuracy there), it writes the
-weights again: 97 % of MNIST's test digits.
+Run as a program with the path of ``mnist-train.parquet`` (and of ``mnist-test.parquet``, to print its accuracy there), it
+writes the weights again: 97 % of MNIST's test digits.
 """
 
 import io

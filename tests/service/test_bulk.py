@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ from model.bundle import Bundle
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed: make deploy-check does that", allow_module_level=True)
+
+T = TypeVar("T")
 
 
 def picture(seed: int) -> bytes:
@@ -47,20 +50,20 @@ def test_the_command_survives_a_killed_worker_and_its_own_death(tiny_bundle: Bun
             finally:
                 process.kill()
 
-    def wait_for_files(count: int, process: subprocess.Popen[str]) -> None:
+    def wait_for(condition: Callable[[], T], process: subprocess.Popen[str]) -> T:
         deadline = time.monotonic() + 300
-        while len(list(output.glob("*.parquet"))) < count:
+        while not (found := condition()):
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        return found
 
     with started() as first:
-        wait_for_files(2, first)
+        wait_for(lambda: len(list(output.glob("*.parquet"))) >= 2, first)
         first.kill()
     assert 2 <= len(list(output.glob("*.parquet"))) < 20, "it was to be killed on its way"
     with started() as second:
-        wait_for_files(len(list(output.glob("*.parquet"))) + 1, second)
-        os.kill(_a_worker_of(second.pid), signal.SIGKILL)
+        os.kill(wait_for(lambda: _busy_workers(second.pid), second)[0], signal.SIGKILL)
         told, _ = second.communicate(timeout=600)
     assert second.returncode == 0, told
     assert "files were there already" in told
@@ -69,8 +72,8 @@ def test_the_command_survives_a_killed_worker_and_its_own_death(tiny_bundle: Bun
     assert done["error"].null_count == 3000
 
 
-def _a_worker_of(driver: int) -> int:
-    """A process that runs the job's actor, below the driver's own Ray."""
+def _busy_workers(driver: int) -> list[int]:
+    """Processes below the driver that are doing a part."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -81,6 +84,4 @@ def _a_worker_of(driver: int) -> int:
     below = {driver}
     for _ in range(4):
         below |= {pid for pid, (parent, _) in parents.items() if parent in below}
-    workers = [pid for pid in below if pid in parents and "MapWorker" in parents[pid][1]]
-    assert workers, [parents[pid] for pid in below if pid in parents]
-    return workers[0]
+    return [pid for pid in below if pid in parents and "MapWorker" in parents[pid][1] and ".submit" in parents[pid][1]]
