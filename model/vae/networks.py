@@ -78,7 +78,7 @@ def _image_encoder(modality: ImageModality, features: int, width: int) -> nn.Mod
     for level in range(_halvings(modality)):
         layers += [nn.Conv2d(channels, width << level, kernel_size=4, stride=2, padding=1), nn.SiLU()]
         channels, height, side = width << level, height // 2, side // 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * side, features), nn.SiLU())
+    return nn.Sequential(_Centred(), *layers, nn.Flatten(), nn.Linear(channels * height * side, features), nn.SiLU())
 
 
 class _ImageDecoder(nn.Module):
@@ -105,6 +105,13 @@ class _ImageDecoder(nn.Module):
         grown = self.layers(z)
         cut: Tensor = grown[:, :, self.top : self.top + self.height, self.left : self.left + self.width]
         return cut
+
+
+class _Centred(nn.Module):
+    """Pixels from [0, 1] to [-2, 2]: mean near 0 and deviation near 1, as ``initialise`` expects of an input."""
+
+    def forward(self, pixels: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch channel height width"]:
+        return 4 * pixels - 2
 
 
 class _OneHot(nn.Module):
