@@ -1,6 +1,7 @@
 """From a trained model to a bundle: graphs, shared weights, golden examples, parity check."""
 
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from model.vae.tracing import MAX_BATCH, trace
 Arrays = Mapping[str, Tensor]
 PARITY_TOLERANCE = 1e-4  # relative to the largest value of an answer
 INLINE_BYTES = 1024  # smaller tensors stay in their graph
+
+logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # it tells of every constant that it leaves unfolded
 
 
 class ExportError(Exception):
