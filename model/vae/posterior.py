@@ -48,7 +48,7 @@ class SetEncoder(nn.Module):
 
     def fuse(self, features: Float[Tensor, "batch modality feature"], present: Bool[Tensor, "batch modality"]) -> Gaussian:
         """Posterior from the features that ``present`` marks."""
-        # One feature vector among many slots must speak as loud as all together, or single modalities learn several times slower.
+        # One vector in many slots must speak as loud as all would together, or single modalities learn several times slower.
         count = present.sum(1).clamp(min=1).to(features.dtype)
         scale = (present.shape[1] / count).sqrt().view(-1, 1, 1)
         chosen = torch.where(present.unsqueeze(-1), features, self.absent) * scale
