@@ -8,6 +8,7 @@
     decode-<modality>.onnx z -> the modality
     weights.safetensors    every network; the graphs point into it, so no number is stored twice
     golden.npz             inputs with the answers the graphs gave when they were exported
+    map.npz                optional: posterior means of rows to find one's bearings by, with their labels
     README.md              the model card
 
 Nothing in a bundle can run code: no pickle, standard ONNX operators alone, no file outside the folder.
@@ -33,6 +34,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
+MAP = "map.npz"
 CARD = "README.md"
 MAX_FILE_BYTES = 2 << 30
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx"})

@@ -7,6 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from model.bundle import Bundle, DataSource
 from model.vae.export import export_bundle
 from model.vae.multimodal import MultimodalVAE
@@ -14,6 +18,8 @@ from training.config import Config
 from training.data import Dataset
 
 GOLDEN_ROUNDS = 2  # every subset appears so often among the golden examples
+LANDMARKS = 500
+"""Test rows on the bundle's map."""
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxscript", "pillow", "torch")
 
 
@@ -47,7 +53,19 @@ def export(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, fi
         horizon=config.refiner.steps,
         examples=examples,
         card=model_card(config, sources, figures),
+        landmarks=landmarks(vae, test),
     )
+
+
+def landmarks(vae: MultimodalVAE, test: Dataset) -> dict[str, NDArray[Any]]:
+    """The bundle's map: ``mean`` (rows, latent) float32 of test rows and, where these have classes, ``label`` (rows,) text."""
+    batch = next(test.batches(0, LANDMARKS, 0, shuffle=False))
+    with torch.no_grad():
+        found = {"mean": vae.cpu().eval().aligned(batch.arrays, batch.present).mean.numpy()}
+    if batch.labels is None or test.class_names is None:
+        return found
+    names = [*test.class_names, ""]  # -1, an unknown class, has no name
+    return {**found, "label": np.array([names[label] for label in batch.labels.tolist()])}
 
 
 def code_revision() -> str:

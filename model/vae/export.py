@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
+from numpy.typing import NDArray
 from onnxscript import optimizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ def export_bundle(
     horizon: int,
     examples: Arrays,
     card: str,
+    landmarks: Mapping[str, NDArray[Any]] | None = None,
 ) -> bundle.Bundle:
     """Write the model as a bundle; nothing appears in ``path`` unless its graphs agree with the model.
 
@@ -52,6 +54,7 @@ def export_bundle(
         horizon: steps the refiner was trained for.
         examples: complete rows (batch, *shape), at least 2^M - 1 of them so that every subset of up to three modalities is
             among the golden examples.
+        landmarks: what goes into the map: ``mean`` (rows, latent) and, where the rows have classes, ``label`` (rows,).
 
     Raises:
         ExportError: the graphs and the model differ by more than PARITY_TOLERANCE.
@@ -68,6 +71,10 @@ def export_bundle(
         for file, graph in graphs.items():
             onnx.save(_share_weights(graph, folder / bundle.WEIGHTS, weights), folder / file)
         np.savez(folder / bundle.GOLDEN, **golden_examples(vae, examples, samples))
+        files = [*graphs, bundle.WEIGHTS, bundle.GOLDEN]
+        if landmarks is not None:
+            np.savez_compressed(folder / bundle.MAP, **dict(landmarks))
+            files.append(bundle.MAP)
         manifest = {
             **facts,
             "modalities": [m.model_dump() for m in vae.modalities],
@@ -77,7 +84,7 @@ def export_bundle(
             "graphs": {"encode": "encode.onnx", "refine": "refine.onnx", "decode": decode},
             "refinement": {"samples": samples, "horizon": horizon},
         }
-        trial = bundle.write(folder / "trial", manifest, [folder / f for f in (*graphs, bundle.WEIGHTS, bundle.GOLDEN)], card)
+        trial = bundle.write(folder / "trial", manifest, [folder / f for f in files], card)
         try:
             Runtime(trial, device="cpu").replay_golden(PARITY_TOLERANCE)
         except bundle.BundleError as error:

@@ -1,5 +1,6 @@
 """A run's bundle says where it comes from and how well it does, to programs and to people."""
 
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -52,6 +53,14 @@ def test_the_card_tells_people_the_same(manifest: bundle.Manifest, finished: Any
         assert f"| {name} | {accuracy:.3f} |" in card
     assert f"goes from {manifest.metrics['refinement']['elbo_before']:.1f}" in card
     assert "## Limits" in card
+
+
+def test_the_map_has_rows_of_every_class(finished: Any) -> None:
+    found = bundle.read(finished.bundle)
+    with np.load(io.BytesIO(found.content(bundle.MAP)), allow_pickle=False) as landmarks:
+        assert landmarks["mean"].shape == (len(landmarks["label"]), found.manifest.latent)
+        assert np.isfinite(landmarks["mean"]).all()
+        assert len(set(landmarks["label"].tolist())) > 1
 
 
 def test_a_card_without_labels_has_no_probe(manifest: bundle.Manifest, make_config: Any) -> None:
