@@ -21,12 +21,14 @@ class Access:
     Args:
         keys: None asks for no key.
         hosts: names that the Host header may have, lower case and without a port; empty allows any.
+        keyless: paths for which no key is asked.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys | None, hosts: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys | None, hosts: Collection[str], keyless: Collection[str] = ()) -> None:
         self.app = app
         self.keys = keys
         self.hosts = hosts
+        self.keyless = frozenset(keyless)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
@@ -46,7 +48,7 @@ class Access:
             raise Problem("bad_request", f"a request has one Host header, received {len(named)}")
         if self.hosts and (not named or _host(named[0]) not in self.hosts):
             raise Problem("bad_request", "this server does not answer to the name in the Host header")
-        if self.keys is None:
+        if self.keys is None or scope["path"] in self.keyless:
             return
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not presented.strip():

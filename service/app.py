@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 
 from model.modality import Modality
 from model.runtime import VERSION, Runtime
-from service import admin, contract, embeddings, models, probes, routes, tracing
+from service import admin, contract, embeddings, models, probes, routes, site, tracing
 from service.access import Access
 from service.body import BodyLimit
 from service.bundles import Bundles
@@ -58,6 +58,8 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
     routers = [routes.router, embeddings.router, models.router, probes.router]
     if settings.metrics and settings.admin_port is None:
         routers.append(probes.metrics_router)
+    if settings.page:
+        routers.append(site.router())
     paths = frozenset(str(route.path) for router in routers for route in router.routes if hasattr(route, "path"))
     telemetry = Middleware(
         Telemetry,
@@ -74,7 +76,7 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
         redoc_url=None,
         middleware=[
             telemetry,
-            Middleware(Access, keys=keys, hosts=settings.allowed_hosts),
+            Middleware(Access, keys=keys, hosts=settings.allowed_hosts, keyless=site.FILES if settings.page else ()),
             Middleware(BodyLimit, limit=settings.max_body_bytes, total=settings.max_bodies_bytes),
         ],
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},

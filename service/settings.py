@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     )
     metrics: bool = Field(True, description="false closes /metrics.")
     docs: bool = Field(True, description="false closes /openapi.json.")
+    page: bool = Field(True, description="false closes the page at /.")
     admin_port: int | None = Field(
         None, ge=0, le=65535, description="Moves /metrics and /openapi.json to this port, where no key is asked for."
     )

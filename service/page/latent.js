@@ -1,0 +1,86 @@
+// A plane through the latent space: the bundle's landmarks, and posteriors as ellipses of one standard deviation.
+
+import { drawn } from "./dom.js";
+
+const SIZE = 340;
+const REACH = 1.15; // of the landmarks' extent
+
+export class LatentMap {
+  /** @param map {centre, plane, points, labels}: see the service's samples. */
+  constructor(place, { centre, plane, points, labels }) {
+    this.centre = centre;
+    this.plane = plane;
+    const distances = points.map((point) => Math.hypot(...point)).sort((a, b) => a - b);
+    this.scale = SIZE / 2 / (REACH * Math.max(distances[Math.floor(0.98 * (distances.length - 1))] ?? 0, 2));
+    this.posteriors = drawn("g");
+    this.figure = drawn("svg", { viewBox: `${-SIZE / 2} ${-SIZE / 2} ${SIZE} ${SIZE}`, class: "latent", role: "img" },
+      drawn("g", { class: "points" }, ...points.map(([x, y]) => drawn("circle", { cx: x * this.scale, cy: -y * this.scale, r: 1.6 }))),
+      this.ellipse({ mean: centre.map(() => 0), log_var: centre.map(() => 0) }, "prior"),
+      this.posteriors,
+      drawn("g", { class: "labels" }, ...this.names(points, labels)));
+    place.replaceChildren(this.figure);
+    this.show([], []);
+  }
+
+  /** @param subsets names that each posterior is of; the first is that of everything given. @param trail means it came by. */
+  show(subsets, posteriors, trail = []) {
+    const shapes = posteriors.map((posterior, i) => this.ellipse(posterior, i ? "alone" : "posterior")).reverse();
+    const names = posteriors.slice(1).map((posterior, i) => {
+      const { x, y, ry } = this.shape(posterior);
+      return drawn("text", { x, y: y - ry - 4, class: "name" }, subsets[i + 1].join(" + "));
+    });
+    const way = trail.map((mean) => this.place(mean).join(","));
+    this.posteriors.replaceChildren(...shapes, ...names,
+      way.length > 1 ? drawn("polyline", { points: way.join(" "), class: "trail" }) : "",
+      posteriors.length ? drawn("circle", { ...this.dot(posteriors[0].mean), r: 3.5, class: "mean" }) : "");
+    this.figure.setAttribute("aria-label", posteriors.length
+      ? `Map of the latent space with the posterior given ${subsets[0].join(" and ")}`
+      : "Map of the latent space with the prior");
+  }
+
+  place(mean) {
+    const off = mean.map((value, i) => value - this.centre[i]);
+    const [x, y] = this.plane.map((axis) => axis.reduce((sum, a, i) => sum + a * off[i], 0));
+    return [x * this.scale, -y * this.scale];
+  }
+
+  dot(mean) {
+    const [cx, cy] = this.place(mean);
+    return { cx, cy };
+  }
+
+  /** The Gaussian within the plane: its covariance there is plane · diag(variance) · planeᵀ. */
+  shape({ mean, log_var }) {
+    const covariance = (a, b) => log_var.reduce((sum, l, i) => sum + this.plane[a][i] * this.plane[b][i] * Math.exp(l), 0);
+    const [xx, xy, yy] = [covariance(0, 0), -covariance(0, 1), covariance(1, 1)]; // y points down on the screen
+    const [middle, half] = [(xx + yy) / 2, Math.hypot((xx - yy) / 2, xy)];
+    const [x, y] = this.place(mean);
+    const angle = (90 / Math.PI) * Math.atan2(2 * xy, xx - yy);
+    return { x, y, rx: this.scale * Math.sqrt(middle + half), ry: this.scale * Math.sqrt(Math.max(middle - half, 0)), angle };
+  }
+
+  ellipse(posterior, kind) {
+    const { x, y, rx, ry, angle } = this.shape(posterior);
+    return drawn("ellipse", { rx, ry, class: kind, transform: `translate(${x} ${y}) rotate(${angle})` });
+  }
+
+  /** Each label at the middle of its points. */
+  names(points, labels) {
+    const groups = new Map();
+    labels?.forEach((label, i) => label && groups.set(label, [...(groups.get(label) ?? []), points[i]]));
+    if (groups.size > 40) return [];
+    const middle = (group, axis) => group.reduce((sum, point) => sum + point[axis], 0) / group.length;
+    return [...groups].map(([label, group]) =>
+      drawn("text", { x: middle(group, 0) * this.scale, y: -middle(group, 1) * this.scale }, label));
+  }
+}
+
+/** KL(posterior ‖ prior) in nats: what the evidence tells. */
+export function information({ mean, log_var }) {
+  return mean.reduce((sum, m, i) => sum + 0.5 * (m * m + Math.exp(log_var[i]) - 1 - log_var[i]), 0);
+}
+
+/** Geometric mean of the standard deviations; the prior's is 1. */
+export function spread({ log_var }) {
+  return Math.exp(log_var.reduce((sum, l) => sum + l / 2, 0) / log_var.length);
+}

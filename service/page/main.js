@@ -1,0 +1,235 @@
+// The page: asks what is served, lays out its inputs, and keeps what is shown in step with them.
+
+import { Refusal, get, post, unreadiness, useKey } from "./api.js";
+import { Climb } from "./climb.js";
+import { element, knob } from "./dom.js";
+import { Evidence } from "./evidence.js";
+import { examples } from "./examples.js";
+import { LatentMap, information, spread } from "./latent.js";
+import { Program, timings } from "./program.js";
+import { results } from "./results.js";
+
+const MOST_STEPS = 16;
+const MOST_SAMPLES = 8;
+const READY_MS = 15_000;
+const at = (id) => document.getElementById(id);
+
+/** One run at a time; asked while it runs, it runs once more after. */
+function latest(run) {
+  let running = false;
+  let asked = false;
+  return async () => {
+    asked = true;
+    if (running) return;
+    running = true;
+    while (asked) {
+      asked = false;
+      await run();
+    }
+    running = false;
+  };
+}
+
+class Page {
+  constructor(model, several, { samples, map }) {
+    this.model = model;
+    this.several = several;
+    this.names = model.modalities.map((modality) => modality.name);
+    this.seen = new Map();
+    this.run = latest(() => this.answer());
+    const most = Math.max(1, Math.min(MOST_SAMPLES, Math.floor(model.limits.max_samples / this.names.length)));
+    this.samples = knob("Samples", { id: "num_samples", min: 1, max: most, step: 1, value: Math.min(4, most) }, this.run);
+    this.temperature = knob("Temperature", { id: "temperature", min: 0, max: 2, step: 0.05, value: 1, format: (n) => n.toFixed(2) }, this.run);
+    this.seed = knob("Seed", { id: "seed", type: "number", min: 0, max: 2 ** 31, step: 1, value: 0 }, this.run);
+    this.compare = element("input", { type: "checkbox", id: "compare", onchange: this.run });
+    at("knobs").replaceChildren(this.samples.whole, this.temperature.whole, this.seed.whole,
+      element("label", { class: "check" }, this.compare, "also from each one alone"));
+    this.evidence = new Evidence(at("inputs"), model.modalities, samples, this.run);
+    document.onpaste = (event) => this.evidence.paste(event.clipboardData.files[0]);
+    this.map = new LatentMap(at("map"), map);
+    this.climb = new Climb(at("climb"), Math.min(MOST_STEPS, model.limits.max_refine_steps), this.run);
+    this.program = new Program(at("code"));
+    const starts = examples(model.modalities, samples);
+    const buttons = starts.map((example) => element("button", { type: "button", onclick: () => this.start(example) }, example.title));
+    at("examples").replaceChildren(element("span", {}, "Start from"), ...buttons);
+    at("examples").hidden = !starts.length;
+    at("page").hidden = false;
+    if (starts.length) this.start(starts[0]);
+    else this.run();
+  }
+
+  async start({ give, noise, compare, steps }) {
+    await this.evidence.give(give, noise);
+    this.compare.checked = compare;
+    this.climb.steps = steps;
+    this.run();
+  }
+
+  /** The requests that are on the screen; null where nothing is given. */
+  bodies() {
+    const given = this.evidence.given();
+    const names = Object.keys(given);
+    if (!names.length) return null;
+    const alone = names.length > 1 ? names.map((name) => ({ [name]: given[name] })) : [];
+    const shared = {
+      ...(this.several && { model: `${this.model.id}@${this.model.version}` }),
+      seed: Number(this.seed.input.value),
+      refine: { steps: this.climb.steps, trace: true },
+    };
+    return {
+      embed: { inputs: [given, ...alone], ...shared, representation: "mean_log_var" },
+      "cross-generate": {
+        inputs: this.compare.checked ? [given, ...alone] : [given],
+        ...shared,
+        targets: this.names,
+        num_samples: Number(this.samples.input.value),
+        temperature: Number(this.temperature.input.value),
+      },
+    };
+  }
+
+  async answer() {
+    clearTimeout(this.retry);
+    const bodies = this.bodies();
+    this.forgive();
+    if (!bodies) return this.empty();
+    const evidence = JSON.stringify([bodies.embed.inputs, bodies.embed.seed]);
+    if (evidence !== this.shown) {
+      this.shown = evidence;
+      this.seen.clear();
+      this.climb.forget();
+    }
+    this.program.show(bodies);
+    try {
+      const [embedded, generated] = await Promise.all([this.once("embed", bodies.embed), this.once("cross-generate", bodies["cross-generate"])]);
+      this.show(bodies, embedded, generated);
+    } catch (refusal) {
+      if (!(refusal instanceof Refusal)) throw refusal;
+      this.refuse(refusal);
+    }
+    return undefined;
+  }
+
+  /** The same request has the same answer: moved back and forth, the slider asks once. */
+  async once(call, body) {
+    const key = call + JSON.stringify(body);
+    if (!this.seen.has(key)) this.seen.set(key, await post(call, body));
+    return this.seen.get(key);
+  }
+
+  show(bodies, embedded, generated) {
+    const posteriors = embedded.body.data.map((one) => ({ mean: one.embedding, log_var: one.log_var }));
+    const subsets = embedded.body.data.map((one) => one.modalities);
+    const { refinement } = embedded.body.data[0];
+    this.map.show(subsets, posteriors, this.trail(bodies.embed));
+    this.facts(subsets, posteriors);
+    this.climb.show(refinement, this.names.filter((name) => !subsets[0].includes(name)));
+    results(at("results"), this.model.modalities, generated.body.data.map((one) => one.modalities), generated.body.data);
+    timings(at("timings"), generated);
+    at("results").dataset.answers = Number(at("results").dataset.answers ?? 0) + 1;
+  }
+
+  /** Means of the same evidence at fewer steps, as far as they were asked for. */
+  trail(body) {
+    const means = [];
+    for (let steps = 0; steps <= body.refine.steps; steps++) {
+      const seen = this.seen.get("embed" + JSON.stringify({ ...body, refine: { ...body.refine, steps } }));
+      if (seen) means.push(seen.body.data[0].embedding);
+    }
+    return means;
+  }
+
+  facts(subsets, posteriors) {
+    const rows = [["nothing: the prior", 0, 1], ...posteriors.map((one, i) => [subsets[i].join(" + "), information(one), spread(one)]).reverse()];
+    const most = Math.max(...rows.map(([, nats]) => nats), 1e-9);
+    at("facts").replaceChildren(element("table", {},
+      element("thead", {}, element("tr", {}, ...["given", "nats from the prior", "std"].map((title) => element("th", { scope: "col" }, title)))),
+      element("tbody", {}, ...rows.map(([name, nats, std]) => {
+        const bar = element("i");
+        bar.style.width = `${(100 * nats) / most}%`;
+        return element("tr", {}, element("th", { scope: "row" }, name),
+          element("td", {}, element("span", { class: "bar" }, bar), element("span", { class: "number" }, nats.toFixed(1))),
+          element("td", { class: "number" }, std.toFixed(2)));
+      }))));
+  }
+
+  empty() {
+    this.shown = undefined;
+    this.climb.forget();
+    this.map.show([], []);
+    this.facts([], []);
+    this.program.show({});
+    at("timings").replaceChildren();
+    at("results").replaceChildren(element("p", { class: "hint" }, "Nothing is given yet: draw something, write something, or pick a sample."));
+  }
+
+  /** Say what went wrong where it did; ask again when the service says that is worth it. */
+  refuse(refusal) {
+    const elsewhere = refusal.faults.filter(([name, detail]) => !this.blame(name, detail));
+    if (elsewhere.length || !refusal.faults.length) notify(refusal);
+    if (refusal.waitMs) this.retry = setTimeout(this.run, refusal.waitMs);
+    readiness();
+  }
+
+  blame(name, detail) {
+    const fault = at(`${name === "refine" ? "steps" : name}-fault`);
+    if (!fault) return this.evidence.blame(name, detail);
+    fault.textContent = detail;
+    fault.hidden = false;
+    return true;
+  }
+
+  forgive() {
+    at("notice").hidden = true;
+    this.evidence.forgive();
+    for (const fault of document.querySelectorAll(".knob .fault")) fault.hidden = true;
+  }
+}
+
+function notify({ status, problem, waitMs }) {
+  const what = { 0: "No answer", 401: "A key is needed", 403: "This key is not known", 429: "The quota is spent", 503: "The service is busy", 504: "It took too long" }[status];
+  const again = waitMs ? ` Asking again in ${Math.ceil(waitMs / 1000)} s.` : "";
+  at("notice").textContent = `${what ?? problem.title ?? "Refused"}: ${problem.detail}.${again}`;
+  at("notice").hidden = false;
+}
+
+async function readiness() {
+  const lack = await unreadiness();
+  at("state").classList.toggle("ailing", Boolean(lack));
+  at("state").textContent = lack || at("state").dataset.ready || "";
+}
+
+async function serve(model, several) {
+  const id = `${model.id}@${model.version}`;
+  at("state").dataset.ready = `${id} · ${model.modalities.length} modalities · ${model.latent} dimensions`;
+  new Page(model, several, (await get(`page/samples/${encodeURIComponent(id)}`)).body);
+  await readiness();
+}
+
+async function begin() {
+  at("notice").hidden = true;
+  try {
+    const models = (await get("v1/models")).body.data;
+    at("access").hidden = true;
+    at("model").replaceChildren(...models.map((model) => element("option", {}, `${model.id}@${model.version}`)));
+    at("choose").hidden = models.length < 2;
+    const show = () => serve(models[at("model").selectedIndex], models.length > 1).catch(notify);
+    at("model").onchange = show;
+    await show();
+  } catch (refusal) {
+    if (!(refusal instanceof Refusal)) throw refusal;
+    const locked = refusal.status === 401 || refusal.status === 403;
+    at("access").hidden = !locked;
+    at("state").textContent = locked ? "An API key is needed." : "";
+    if (refusal.status !== 401) notify(refusal);
+    if (refusal.waitMs) setTimeout(begin, refusal.waitMs);
+  }
+}
+
+at("access").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(at("key").value);
+  begin();
+});
+setInterval(() => document.visibilityState === "visible" && at("state").dataset.ready && readiness(), READY_MS);
+begin();

@@ -1,0 +1,59 @@
+"""The page in the browser: files of the package, and what it shows of a bundle. No route here is part of the API."""
+
+import mimetypes
+from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+
+from service.bundles import Bundles
+from service.samples import describe
+
+FOLDER = Path(__file__).parent / "page"
+INDEX = "index.html"
+SERVED = frozenset({".html", ".css", ".js", ".svg"})
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+FILES = {"/" if file.name == INDEX else f"/page/{file.name}": file for file in FOLDER.iterdir() if file.suffix in SERVED}
+"""By path. Whoever may reach the service may load them without a key: they hold nothing of the bundle."""
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def router() -> APIRouter:
+    """Routes of the page, its files read into memory. None of them is in the OpenAPI document."""
+    routes = APIRouter(include_in_schema=False)
+    for path, file in FILES.items():
+        routes.add_route(path, _file(file), methods=["GET"], include_in_schema=False)
+    routes.add_route("/page/samples/{model}", samples, methods=["GET"], include_in_schema=False)
+    return routes
+
+
+async def samples(request: Request) -> Response:
+    """Inputs to start from, and a map of the latent space. ``model`` is a name, or name@version."""
+    bundles: Bundles = request.app.state.bundles
+    serving = bundles.choose(request.path_params["model"])
+    content = await bundles.decoding.in_thread(describe, serving.runtime.bundle)
+    return Response(content, media_type="application/json", headers={"Cache-Control": "no-cache"})
+
+
+def _file(file: Path) -> Endpoint:
+    content = file.read_bytes()
+    etag = f'"{sha256(content).hexdigest()[:32]}"'
+    headers = {**HEADERS, "ETag": etag}
+    media_type = mimetypes.types_map[file.suffix]
+
+    async def answer(request: Request) -> Response:
+        if etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=media_type, headers=headers)
+
+    return answer
