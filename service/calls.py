@@ -22,6 +22,8 @@ _SPARE_VALUES = 10_000
 
 Charge = Callable[[int], None]
 """Told the number of items before they are decoded; raises Problem where the caller may not have so many."""
+Wanted = Callable[[], bool]
+"""Whether anybody still waits for the answer."""
 
 O = TypeVar("O", bound=CallOptions)  # noqa: E741
 M = TypeVar("M", bound=BaseModel)
@@ -103,12 +105,12 @@ class Reader:
                 of_item += modality.shape[0]
         return _SPARE_VALUES + self.max_items * of_item
 
-    def read(self, asked: Asked[O], charge: Charge = lambda _: None) -> Call[O]:
+    def read(self, asked: Asked[O], charge: Charge = lambda _: None, wanted: Wanted = lambda: True) -> Call[O]:
         """Validate, decode.
 
         Raises:
-            Problem: ``inputs`` is no list of allowed length, or an option is too much. What is wrong with one item is in its
-                place in ``Call.items``.
+            Problem: ``inputs`` is no list of allowed length, an option is too much, or nobody waits. What is wrong with an item
+                is in its place in ``Call.items``.
         """
         inputs = asked.inputs
         listed = self.listed([self._from_form(inputs.sample)] if isinstance(inputs, Form) else inputs, "/inputs")
@@ -117,7 +119,7 @@ class Reader:
             detail = f"{steps} steps; at most {self.max_refine_steps} are allowed"
             raise Problem.of([Fault("/refine/steps", "out_of_range", detail)])
         charge(len(listed))
-        return Call(asked.options, self.items(listed, "/inputs"))
+        return Call(asked.options, self.items(listed, "/inputs", wanted))
 
     def listed(self, values: object, here: str) -> list[object]:
         """``values``, if they are a list of allowed length.

@@ -2,11 +2,13 @@
 
 import asyncio
 import functools
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from service.calls import Wanted
 from service.engine import MIN_RETRY_MS
 from service.errors import Problem
 from service.telemetry import Metrics
@@ -36,16 +38,19 @@ class Decoding:
             wait_ms = max(MIN_RETRY_MS, int(1000 * self._held * self._seconds))
             raise Problem("queue_full", f"{self._held} requests wait to be decoded", retry_after_ms=wait_ms)
 
-    async def decode(self, read: Callable[[], R]) -> tuple[R, float]:
-        """What this returns, and the seconds it took with the waiting before it."""
+    async def decode(self, read: Callable[[Wanted], R]) -> tuple[R, float]:
+        """What this returns, and the seconds it took with the waiting before it. It may ask whether that is wanted any more: a
+        thread is not stopped from outside."""
         self.check()
         started = time.perf_counter()
         self._held += 1
+        left = threading.Event()
         try:
-            answer = await self.in_thread(read)
+            answer = await self.in_thread(read, lambda: not left.is_set())
             seconds = time.perf_counter() - started
             self._seconds += 0.1 * (seconds / self._held - self._seconds)
         finally:
+            left.set()
             self._held -= 1
         self._metrics.stage("decode", seconds)
         return answer, seconds

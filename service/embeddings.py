@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from model.modality import TextModality
 from service import answers, body
 from service.bundles import Bundles
-from service.calls import Call, Charge, Item, Reader, options_of
+from service.calls import Call, Charge, Item, Reader, Wanted, options_of
 from service.engine import Work
 from service.errors import Fault, Problem
 from service.routes import answer, deadline, run
@@ -28,10 +28,10 @@ async def embeddings(request: Request) -> Response:
         bundles.admit()
         content = await body.read_json(request)
 
-        def chosen() -> tuple[Serving, Call[EmbedOptions]]:
+        def chosen(wanted: Wanted) -> tuple[Serving, Call[EmbedOptions]]:
             asked, inputs = parse(content, bundles.most_values)
             serving = bundles.choose(asked.model)
-            return serving, read(serving.reader, serving.manifest.latent, asked, inputs, request.state.charge)
+            return serving, read(serving.reader, serving.manifest.latent, asked, inputs, request.state.charge, wanted)
 
         (serving, call), decode_seconds = await bundles.decoding.decode(chosen)
         works = [Work(item.row, 0, item.index) for item in call.items if isinstance(item, Item)]
@@ -53,7 +53,14 @@ def parse(content: bytes, most_values: int) -> tuple[EmbeddingsOptions, object]:
     return options_of(EmbeddingsOptions, fields), inputs
 
 
-def read(reader: Reader, latent: int, asked: EmbeddingsOptions, inputs: object, charge: Charge) -> Call[EmbedOptions]:
+def read(
+    reader: Reader,
+    latent: int,
+    asked: EmbeddingsOptions,
+    inputs: object,
+    charge: Charge = lambda _: None,
+    wanted: Wanted = lambda: True,
+) -> Call[EmbedOptions]:
     """The call that a body in OpenAI's form stands for.
 
     Raises:
@@ -69,7 +76,8 @@ def read(reader: Reader, latent: int, asked: EmbeddingsOptions, inputs: object, 
     if faults:
         raise Problem.of(faults)
     charge(len(values))
-    items = reader.items([{texts[0]: value} if isinstance(value, str) else value for value in values], "/input")
+    rows = [{texts[0]: value} if isinstance(value, str) else value for value in values]
+    items = reader.items(rows, "/input", wanted)
     return Call(EmbedOptions(model=asked.model, encoding_format=asked.encoding_format), items)
 
 

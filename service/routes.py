@@ -12,7 +12,7 @@ from model.bundle import Manifest
 from service import answers, body
 from service.answers import Result
 from service.bundles import Bundles
-from service.calls import Call, Item, Rejected, parse
+from service.calls import Call, Item, Rejected, Wanted, parse
 from service.engine import Refine, Work
 from service.errors import Fault, Problem
 from service.schemas import CallOptions, EmbedAnswer, EmbedOptions, GenerateAnswer, GenerateOptions
@@ -87,10 +87,10 @@ async def _read(request: Request, bundles: Bundles, options: type[O]) -> tuple[S
     content = await body.read(request, bundles.settings.max_body_bytes)
     query = request.query_params.multi_items()
 
-    def read() -> tuple[Serving, Call[O]]:
+    def read(wanted: Wanted) -> tuple[Serving, Call[O]]:
         asked = parse(content, query, options, bundles.most_values)
         serving = bundles.choose(asked.options.model)
-        return serving, serving.reader.read(asked, request.state.charge)
+        return serving, serving.reader.read(asked, request.state.charge, wanted)
 
     (serving, call), seconds = await bundles.decoding.decode(read)
     return serving, call, seconds

@@ -101,6 +101,9 @@ class Protocol(HttpToolsProtocol):
         super().on_message_complete()
         self._within_message = False
         self._within(None)
+        if not self.pipeline:
+            # uvicorn stops reading when a body comes faster than it is taken, and would then not see this client leave.
+            self.flow.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._within(None)

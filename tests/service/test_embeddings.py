@@ -199,12 +199,12 @@ PHOTO = ImageModality(name="photo", channels=3, height=4, width=4)
 def test_a_string_without_a_place_to_go(modalities: tuple[Modality, ...], told: str) -> None:
     reader = Reader(modalities, Limits(), max_items=2, max_refine_steps=0)
     with pytest.raises(Problem, match=told):
-        read(reader, 8, *parse(b'{"input": "abc"}', 9), lambda _: None)
+        read(reader, 8, *parse(b'{"input": "abc"}', 9))
 
 
 def test_with_several_texts_an_object_says_which() -> None:
     reader = Reader((WORD, PHOTO, TITLE), Limits(), max_items=2, max_refine_steps=0)
-    (item,) = read(reader, 8, *parse(orjson.dumps({"input": [{"title": "abc"}]}), 9), lambda _: None).items
+    (item,) = read(reader, 8, *parse(orjson.dumps({"input": [{"title": "abc"}]}), 9)).items
     assert isinstance(item, Item)
     assert list(item.row) == ["title"]
 
