@@ -133,9 +133,18 @@ class Reader:
         detail = f"a list of 1 to {self.max_items} items is expected, received {received}"
         raise Problem.of([Fault(here, "invalid_value", detail)])
 
-    def items(self, values: Sequence[object], here: str) -> list[Item | Rejected]:
-        """Each decoded, or rejected with what is wrong with it."""
-        return [self._item(index, value, f"{here}/{index}") for index, value in enumerate(values)]
+    def items(self, values: Sequence[object], here: str, wanted: Wanted) -> list[Item | Rejected]:
+        """Each decoded, or rejected with what is wrong with it.
+
+        Raises:
+            Problem: nobody waits any more. A request may hold pictures for ten seconds' work.
+        """
+        items = []
+        for index, value in enumerate(values):
+            if not wanted():
+                raise Problem("client_gone", "nobody waits for the answer")
+            items.append(self._item(index, value, f"{here}/{index}"))
+        return items
 
     def _from_form(self, sample: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
         """A part that is no file holds what JSON would hold: base64 for a picture, else what the file would hold."""
