@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from model.exchange import put_in_place
-from model.modality import Modality
+from model.modality import CategoricalModality, ImageModality, Modality, TextModality, unlearned
 
-FORMAT = 1
+FORMAT = 2
+"""The newest that is read. Written is the oldest that can tell of the bundle's modalities: 1 knows images of one or three
+channels, texts of characters, vectors and attributes; 2 came with words, unknown characters, classes and any other image."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
@@ -183,7 +185,7 @@ def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str
             content = file.read_bytes()
             _write_durably(staging / file.name, content)
             entries[file.name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-        manifest = Manifest(format=FORMAT, files=entries, **facts)
+        manifest = Manifest(format=_format(facts["modalities"]), files=entries, **facts)
         _write_durably(staging / CARD, card.encode())
         text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
         _write_durably(staging / MANIFEST, text.encode() + b"\n")
@@ -193,6 +195,19 @@ def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return read(path)
+
+
+def _format(modalities: Iterable[Mapping[str, Any]]) -> int:
+    told = [TypeAdapter(Modality).validate_python(fields) for fields in modalities]
+    return max(map(_oldest_format, told), default=1)
+
+
+def _oldest_format(modality: Modality) -> int:
+    if isinstance(modality, ImageModality):
+        return 1 if modality.in_files else 2
+    if isinstance(modality, TextModality):
+        return 1 if modality.unit == "character" and modality.unknown_token is None and modality.too_long == "refuse" else 2
+    return 2 if isinstance(modality, CategoricalModality) else 1
 
 
 def _parse_manifest(path: Path, raw: bytes) -> Manifest:
@@ -209,6 +224,9 @@ def _parse_manifest(path: Path, raw: bytes) -> Manifest:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
         raise BundleError(f"{path / MANIFEST}: {error}") from error
+    for modality in manifest.modalities:
+        if field := unlearned(modality):
+            raise BundleError(f"{path / MANIFEST}: modality {modality.name} has no {field}")
     names = [m.name for m in manifest.modalities]
     if len(set(names)) != len(names):
         raise BundleError(f"{path / MANIFEST}: a modality is described twice: {names}")

@@ -4,21 +4,23 @@ Images
     PNG, JPEG and WebP, recognised by their first bytes; a declared media type is believed only to refuse what is not taken.
     The first frame of an animation counts, EXIF orientation is applied, 16-bit greys are scaled to 8 bits, CMYK becomes RGB,
     and transparent pixels show ``modality.background``. The aspect is kept: the largest centred box of the modality's aspect is
-    resized (bicubic, antialiased). A picture of the right size and mode passes through untouched, divided by 255.
+    resized (bicubic, antialiased). A picture of the right size and mode passes through untouched, divided by 255. Files have 1
+    or 3 channels; a modality of other channels takes its array as raw numbers.
 Text
-    NFKC, lower case where the modality asks for it, white space stripped at the ends, padded on the right with token 0. Never
-    cut short: a text that is too long, or has a character outside the alphabet, is refused.
+    ``model.text`` has the rules.
 Vectors
     Finite numbers as measured; ``modality.mean`` and ``std`` standardise them on the way in and are undone on the way out.
 Binary
     0, 1, true or false for each attribute, as a list in the modality's order or as an object that names every attribute.
+Categorical
+    The name of a class, exactly as the modality has it.
 
 Base64 may use the standard or the URL-safe alphabet, leave out its padding and hold ASCII white space.
 """
 
 import base64
+import math
 import reprlib
-import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,7 +30,8 @@ from jaxtyping import Float32, Float64, Int64, Shaped
 from numpy.typing import NDArray
 
 from model.image import array_from_file, array_from_image, file_from_array
-from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
+from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
+from model.text import text_from_array, tokens_from_text
 from model.wire import DEFAULT_LIMITS, Code, CodecError, Limits, from_base64, kind, refuse_fields, to_base64
 
 __all__ = ["Code", "CodecError", "Limits", "array_from_image", "decode", "decode_bytes", "encode"]
@@ -37,14 +40,18 @@ ImageFormat = Literal["png", "webp", "raw"]
 VectorFormat = Literal["float", "base64"]
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
 _UNDECLARED = frozenset({"", "application/octet-stream"})
+_NOT_JSON: dict[str, Code] = {"image": "bad_image", "vector": "bad_vector", "binary": "bad_attributes"}
+_SHOWN = 20  # classes named in a refusal
 
 
 def decode(modality: Modality, value: object, limits: Limits = DEFAULT_LIMITS) -> Shaped[np.ndarray, "..."]:
     """The array of one row from a value as it stands in JSON.
 
     Args:
-        value: image: base64, a data URL or ``{"data": base64, "media_type": ...}``; text: a string; vector: a list of numbers
-            or ``{"data": base64, "dtype": "float32"}`` (little-endian); binary: a list of 0 and 1 or an object of booleans.
+        value: image: base64, a data URL or ``{"data": base64, "media_type": ...}``, with other than 1 or 3 channels
+            ``{"data": base64, "shape": [channels, height, width], "dtype": "float32"}`` (little-endian); text: a string;
+            vector: a list of numbers or ``{"data": base64, "dtype": "float32"}``; binary: a list of 0 and 1 or an object of
+            booleans; categorical: the class's name.
 
     Returns:
         an array that ``check_array`` accepts: (*modality.shape) of ``modality.dtype``.
@@ -55,30 +62,32 @@ def decode(modality: Modality, value: object, limits: Limits = DEFAULT_LIMITS) -
     if isinstance(modality, ImageModality):
         return _image_from_wire(modality, value, limits)
     if isinstance(modality, TextModality):
-        return _tokens(modality, value, limits)
+        return tokens_from_text(modality, value, limits)
     if isinstance(modality, VectorModality):
         return _vector(modality, value)
+    if isinstance(modality, CategoricalModality):
+        return _class(modality, value)
     return _attributes(modality, value)
 
 
 def decode_bytes(modality: Modality, content: bytes, limits: Limits = DEFAULT_LIMITS) -> Shaped[np.ndarray, "..."]:
-    """The array of one row from a file's bytes: an image file, a text in UTF-8, or the JSON value of a vector or of attributes.
+    """The array of one row from a file's bytes: an image file, a text or a class in UTF-8, else the value's JSON.
 
     Raises:
         CodecError: as ``decode``.
     """
-    if isinstance(modality, ImageModality):
+    if isinstance(modality, ImageModality) and modality.in_files:
         return array_from_file(modality, content, limits)
-    if isinstance(modality, TextModality):
+    if isinstance(modality, TextModality | CategoricalModality):
         try:
-            return _tokens(modality, content.decode(), limits)
+            return decode(modality, content.decode(), limits)
         except UnicodeDecodeError as error:
-            raise CodecError("bad_text", f"not UTF-8: byte {error.start} begins no character") from error
+            refused: Code = "bad_text" if isinstance(modality, TextModality) else "bad_class"
+            raise CodecError(refused, f"not UTF-8: byte {error.start} begins no character") from error
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:
-        code: Code = "bad_vector" if isinstance(modality, VectorModality) else "bad_attributes"
-        raise CodecError(code, f"not JSON: {error}") from error
+        raise CodecError(_NOT_JSON[modality.kind], f"not JSON: {error}") from error
     return decode(modality, value, limits)
 
 
@@ -92,19 +101,22 @@ def encode(
     """The wire value of what ``Runtime.decode`` returns for one row.
 
     Args:
-        array: image (channels, height, width) in [0, 1]; text (length, alphabet) log-probabilities; vector (size,),
-            standardised; binary (size,) probabilities.
-        image_format: ``png`` and ``webp`` are lossless in 8 bits; ``raw`` is the array itself, little-endian, in base64.
+        array: image (channels, height, width) in [0, 1]; text (length, token) log-probabilities; vector (size,),
+            standardised; binary (size,) and categorical (class,) probabilities.
+        image_format: ``png`` and ``webp`` are lossless in 8 bits; ``raw`` is the array itself, little-endian, in base64, and
+            what is answered anyway where no file has so many channels.
         vector_format: a list of numbers, or little-endian float32 in base64.
     """
     if isinstance(modality, ImageModality):
-        if image_format == "raw":
+        if image_format == "raw" or not modality.in_files:
             return {"data": to_base64(array), "shape": list(array.shape), "dtype": "float32"}
         data = base64.b64encode(file_from_array(array, image_format)).decode()
         return {"media_type": f"image/{image_format}", "data": data, "width": modality.width, "height": modality.height}
     if isinstance(modality, TextModality):
-        pad = modality.alphabet[0]
-        return {"text": "".join(modality.alphabet[token] for token in array.argmax(axis=-1)).strip(pad)}
+        return {"text": text_from_array(modality, array)}
+    if isinstance(modality, CategoricalModality):
+        probabilities = dict(zip(modality.classes, array.tolist(), strict=True))
+        return {"class": modality.classes[int(array.argmax())], "data": probabilities}
     if isinstance(modality, VectorModality):
         mean, std = _statistics(modality)
         measured = (array * std + mean).astype(np.float32)
@@ -114,6 +126,8 @@ def encode(
 
 def _image_from_wire(modality: ImageModality, value: object, limits: Limits) -> Float32[np.ndarray, "channels height width"]:
     pointer, declared = "", ""
+    if not modality.in_files:
+        return _image_from_numbers(modality, value)
     if isinstance(value, dict):
         refuse_fields(value, required=("data",), optional=("media_type",))
         declared = value["media_type"] if value.get("media_type") is not None else ""
@@ -142,6 +156,28 @@ def _image_from_wire(modality: ImageModality, value: object, limits: Limits) -> 
         raise
 
 
+def _image_from_numbers(modality: ImageModality, value: object) -> Float32[np.ndarray, "channels height width"]:
+    if not isinstance(value, dict):
+        told = f"no file has {modality.channels} channels: send an object with data, shape and dtype; received {kind(value)}"
+        raise CodecError("wrong_type", told)
+    refuse_fields(value, required=("data", "shape", "dtype"))
+    if value["dtype"] != "float32":
+        raise CodecError("bad_image", f"dtype must be 'float32', received {reprlib.repr(value['dtype'])}", "/dtype")
+    if value["shape"] != list(modality.shape):
+        received = reprlib.repr(value["shape"])
+        raise CodecError("bad_image", f"the shape must be {list(modality.shape)}, received {received}", "/shape")
+    if not isinstance(value["data"], str):
+        raise CodecError("wrong_type", f"data must be base64 in a string; received {kind(value['data'])}", "/data")
+    content = from_base64(value["data"], "/data")
+    size = 4 * math.prod(modality.shape)
+    if len(content) != size:
+        raise CodecError("bad_image", f"data has {len(content)} bytes, {size} are expected", "/data")
+    array = np.frombuffer(content, dtype="<f4").astype(np.float32).reshape(modality.shape)
+    if not bool(np.all((array >= 0) & (array <= 1))):
+        raise CodecError("bad_image", "values must be finite and within [0, 1]", "/data")
+    return array
+
+
 def _refuse_media_type(declared: str, pointer: str) -> None:
     media_type = declared.partition(";")[0].strip().lower()
     if media_type not in (*_UNDECLARED, *MEDIA_TYPES, "image/jpg"):
@@ -152,25 +188,14 @@ def _refuse_media_type(declared: str, pointer: str) -> None:
         )
 
 
-def _tokens(modality: TextModality, value: object, limits: Limits) -> Int64[np.ndarray, " length"]:
+def _class(modality: CategoricalModality, value: object) -> Int64[np.ndarray, " 1"]:
     if not isinstance(value, str):
-        raise CodecError("wrong_type", f"a text is a string; received {kind(value)}")
-    if len(value) > limits.text_characters:
-        raise CodecError("too_large", f"the text has {len(value)} characters, {limits.text_characters} are allowed")
-    text = unicodedata.normalize("NFKC", value)
-    text = (text.lower() if modality.lowercase else text).strip()
-    if not text.strip(modality.alphabet[0]):
-        raise CodecError("bad_text", "the text is empty: leave the modality out if it is absent")
-    foreign = sorted(set(text) - (set(modality.alphabet) - {"\0"}))
-    if foreign:
-        raise CodecError(
-            "bad_text", f"characters outside the alphabet: {reprlib.repr(foreign)}; allowed are {modality.alphabet!a}"
-        )
-    if len(text) > modality.length:
-        raise CodecError("bad_text", f"the text has {len(text)} characters, at most {modality.length} are allowed")
-    tokens = np.zeros(modality.length, dtype=np.int64)
-    tokens[: len(text)] = [modality.alphabet.index(character) for character in text]
-    return tokens
+        raise CodecError("wrong_type", f"a class is a string; received {kind(value)}")
+    if value not in modality.class_ids:
+        allowed = ", ".join(map(repr, modality.classes[:_SHOWN]))
+        more = f" and {len(modality.classes) - _SHOWN} more" if len(modality.classes) > _SHOWN else ""
+        raise CodecError("bad_class", f"received {reprlib.repr(value)}, the classes are {allowed}{more}")
+    return np.array([modality.class_ids[value]], dtype=np.int64)
 
 
 def _vector(modality: VectorModality, value: object) -> Float32[np.ndarray, " size"]:

@@ -11,7 +11,15 @@ import numpy as np
 from jaxtyping import Shaped
 
 Code = Literal[
-    "bad_base64", "bad_image", "bad_text", "bad_vector", "bad_attributes", "unsupported_media_type", "too_large", "wrong_type"
+    "bad_base64",
+    "bad_image",
+    "bad_text",
+    "bad_vector",
+    "bad_attributes",
+    "bad_class",
+    "unsupported_media_type",
+    "too_large",
+    "wrong_type",
 ]
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")

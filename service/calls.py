@@ -148,7 +148,7 @@ class Reader:
 
     def _from_form(self, sample: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
         """A part that is no file holds what JSON would hold: base64 for a picture, else what the file would hold."""
-        written = {"id"} | {m.name for m in self.modalities if isinstance(m, ImageModality)}
+        written = {"id"} | {m.name for m in self.modalities if isinstance(m, ImageModality) and m.in_files}
         return {
             name: value.encode() if isinstance(value, str) and name not in written else value for name, value in sample.items()
         }

@@ -91,7 +91,7 @@ def _describe_call(
     parts: dict[str, Any] = {m.name: values.part(m) for m in modalities}
     parts["id"] = {"type": "string", "maxLength": MAX_ID_CHARACTERS}
     parts["options"] = {"$ref": f"#/components/schemas/{name}"}
-    media = {m.name: {"contentType": ", ".join(MEDIA_TYPES)} for m in modalities if isinstance(m, ImageModality)}
+    media = {m.name: {"contentType": ", ".join(MEDIA_TYPES)} for m in modalities if isinstance(m, ImageModality) and m.in_files}
     operation["requestBody"] = {
         "required": True,
         "content": {

@@ -4,6 +4,7 @@ The unit of work is a row group of the source. It is read, embedded and written 
 step. Whoever is killed leaves whole files behind or none, so the same job goes on where it was, and no row is there twice.
 """
 
+import math
 import posixpath
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from pyarrow import fs
 
 from model import bundle, codec
 from model.image import file_from_array
-from model.modality import ImageModality, Modality, TextModality
+from model.modality import CategoricalModality, ImageModality, Modality, TextModality
 from model.runtime import Device, Runtime
 from service.scheduler import Row, Scheduler, Silent
 from service.work import Outcome, Refine, Work
@@ -194,11 +195,16 @@ def _told(row: Row) -> Outcome | str:
 
 
 def _column(modality: Modality, values: Sequence[NDArray[Any] | None]) -> pa.Array:
-    """Images as Hugging Face's data sets keep them; text as a string; else a list of numbers, as measured."""
-    if isinstance(modality, ImageModality):
+    """Images as Hugging Face's data sets keep them; text and classes as strings; else a list of numbers, as measured."""
+    if isinstance(modality, ImageModality) and modality.in_files:
         pictures = [None if v is None else {"bytes": file_from_array(v, "png"), "path": None} for v in values]
         return pa.array(pictures, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    if isinstance(modality, ImageModality):
+        size = math.prod(modality.shape)
+        return pa.array([None if v is None else v.ravel() for v in values], pa.list_(pa.float32(), size))
     told = [None if v is None else codec.encode(modality, v) for v in values]
+    if isinstance(modality, CategoricalModality):
+        return pa.array([None if v is None else v["class"] for v in told], pa.string())
     if isinstance(modality, TextModality):
         return pa.array([None if v is None else v["text"] for v in told], pa.string())
     numbers = [v and (list(v["data"].values()) if isinstance(v["data"], dict) else v["data"]) for v in told]

@@ -33,6 +33,7 @@ CODES: dict[str, tuple[int, str]] = {
     "bad_text": (422, "Bad text"),
     "bad_vector": (422, "Bad vector"),
     "bad_attributes": (422, "Bad attributes"),
+    "bad_class": (422, "Bad class"),
     "wrong_type": (422, "Wrong type"),
     "quota_exceeded": (429, "Quota exceeded"),
     "headers_too_large": (431, "Request Header Fields Too Large"),

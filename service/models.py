@@ -61,7 +61,7 @@ def describe(bundles: Bundles, serving: Serving) -> dict[str, Any]:
 
 def _modality(modality: Modality) -> dict[str, Any]:
     facts = {**modality.model_dump(mode="json", exclude_none=True), "shape": list(modality.shape)}
-    return {**facts, "media_types": list(MEDIA_TYPES)} if isinstance(modality, ImageModality) else facts
+    return {**facts, "media_types": list(MEDIA_TYPES)} if isinstance(modality, ImageModality) and modality.in_files else facts
 
 
 def _answer(content: dict[str, Any]) -> Response:

@@ -111,7 +111,7 @@ class GenerationAnswer(BaseModel):
     modalities: list[str]
     generated: dict[str, list[dict[str, Any]]] = Field(
         description="An image is {media_type, data, width, height}, or {data, shape, dtype} when raw; a text {text}; "
-        "a vector {data}; attributes {data: {name: probability}}."
+        "a vector {data}; attributes {data: {name: probability}}; a class {class, data: {name: probability}}."
     )
     embedding: Vector | None
     refinement: RefinementAnswer | None

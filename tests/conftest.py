@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 
 from model import bundle
-from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
+from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
 
 hypothesis.settings.register_profile("shared", deadline=None)  # a busy machine is no defect of what is tested
 hypothesis.settings.load_profile("shared")
@@ -72,8 +72,8 @@ def make_rows() -> MakeRows:
         arrays = {}
         for modality in modalities:
             shape = (rows, *modality.shape)
-            if isinstance(modality, TextModality):
-                arrays[modality.name] = torch.randint(len(modality.alphabet), shape, generator=generator)
+            if isinstance(modality, TextModality | CategoricalModality):
+                arrays[modality.name] = torch.randint(modality.categories, shape, generator=generator)
             elif isinstance(modality, BinaryModality):
                 arrays[modality.name] = torch.randint(2, shape, generator=generator).float()
             elif isinstance(modality, VectorModality):

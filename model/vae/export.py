@@ -27,6 +27,7 @@ from model.vae.tracing import MAX_BATCH, trace
 Arrays = Mapping[str, Tensor]
 PARITY_TOLERANCE = 1e-4  # relative to the largest value of an answer
 INLINE_BYTES = 1024  # smaller tensors stay in their graph
+SUBSET_STRIDE = 101  # divides 2^M - 1 for no M up to 8, so that steps of it meet every subset
 
 logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # it tells of every constant that it leaves unfolded
 
@@ -52,8 +53,8 @@ def export_bundle(
         facts: the manifest's ``name``, ``version``, ``provenance`` and ``metrics``.
         samples: noise samples of the refine graph, an even number (antithetic pairs).
         horizon: steps the refiner was trained for.
-        examples: complete rows (batch, *shape), at least 2^M - 1 of them so that every subset of up to three modalities is
-            among the golden examples.
+        examples: complete rows (batch, *shape), best at least 2^M - 1 of them, so that every subset is among the golden
+            examples.
         landmarks: what goes into the map: ``mean`` (rows, latent) and, where the rows have classes, ``label`` (rows,).
 
     Raises:
@@ -95,11 +96,13 @@ def export_bundle(
 def golden_examples(vae: MultimodalVAE, examples: Arrays, samples: int) -> dict[str, Any]:
     """Inputs with the answers that PyTorch gives: what every opened bundle is checked against.
 
-    Rows take their subsets in turn, all of them first. Fillers of absent slots are not zero, so that a leak shows.
+    Rows take their subsets in turn, all of them first; where there are fewer rows than subsets, these are of every size.
+    Fillers of absent slots are not zero, so that a leak shows.
     """
     rows = len(next(iter(examples.values())))
     count = len(vae.modalities)
-    subsets = [s % (2**count - 1) for s in range(rows)]
+    stride = 1 if rows >= 2**count - 1 else SUBSET_STRIDE
+    subsets = [s * stride % (2**count - 1) for s in range(rows)]
     present = torch.tensor([[bool((2**count - 1 - s) >> m & 1) for m in range(count)] for s in subsets])
     generator = torch.Generator().manual_seed(0)
     noise = antithetic(torch.randn(rows, samples // 2, vae.latent, generator=generator))
@@ -206,7 +209,7 @@ def _tracing_rows(vae: MultimodalVAE, samples: int = 0) -> list[Tensor]:
     taken = {size for key in vae.state_dict().values() for size in key.shape}
     taken |= {size for m in vae.modalities for size in m.shape} | {samples}
     rows = next(n for n in range(3, len(taken) + 4) if n not in taken)
-    arrays = [torch.zeros(rows, *m.shape, dtype=torch.int64 if m.kind == "text" else torch.float32) for m in vae.modalities]
+    arrays = [torch.zeros(rows, *m.shape, dtype=torch.int64 if m.dtype is np.int64 else torch.float32) for m in vae.modalities]
     return [*arrays, torch.ones(rows, len(vae.modalities), dtype=torch.bool)]
 
 

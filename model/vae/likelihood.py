@@ -1,6 +1,7 @@
 """log p(x_m | z) of each likelihood, as functions of what a decoder puts out.
 
-A decoder puts out unconstrained numbers ("raw"): logits for images, characters and attributes, the location itself for vectors.
+A decoder puts out unconstrained numbers ("raw"): logits for images, tokens, attributes and classes, the location itself for
+vectors.
 Everything here is elementary functions alone, because the fused losses of PyTorch do not convert to ONNX when differentiated.
 """
 
@@ -10,13 +11,16 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from model.modality import Modality, TextModality, VectorModality
+from model.modality import CategoricalModality, Modality, TextModality, VectorModality
 
 
 def expectation(modality: Modality, raw: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-    """What the decoder expects: image in [0, 1], vector, attribute probabilities; for text each character's log-probability."""
+    """What the decoder expects: image in [0, 1], vector, probabilities of attributes (batch, size) or of classes
+    (batch, class); for text each token's log-probability."""
     if isinstance(modality, TextModality):
         return torch.log_softmax(raw, dim=-1)
+    if isinstance(modality, CategoricalModality):
+        return torch.softmax(raw, dim=-1).squeeze(1)
     return raw if isinstance(modality, VectorModality) else torch.sigmoid(raw)
 
 
@@ -26,10 +30,10 @@ def log_likelihood(
     """log p(x | z) of each row in nats, unweighted, summed over the modality's values.
 
     Args:
-        raw: the decoder's output: (batch, *shape), for text (batch, length, alphabet).
-        x: the observed rows; token ids for text, float otherwise.
+        raw: the decoder's output: (batch, *shape), for text and classes (batch, *shape, category).
+        x: the observed rows; ids for text and classes, float otherwise.
     """
-    if isinstance(modality, TextModality):
+    if isinstance(modality, TextModality | CategoricalModality):
         tokens = torch.arange(raw.shape[-1], device=raw.device)
         chosen = (x.unsqueeze(-1) == tokens).to(raw.dtype)
         return (torch.log_softmax(raw, dim=-1) * chosen).flatten(1).sum(1)

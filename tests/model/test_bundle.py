@@ -112,6 +112,7 @@ def test_every_changed_byte_of_the_manifest_changes_the_bundles_number(folder: P
         (lambda f: f.pop("provenance"), "provenance"),
         (lambda f: f.update(name="../up"), "name"),
         (lambda f: f.update(beta=-1), "beta"),
+        (lambda f: f["modalities"][1].update(alphabet=""), "modality text has no alphabet"),
         (lambda f: f["modalities"].append(f["modalities"][0]), "described twice"),
         (lambda f: f["modalities"].pop(), "exactly the modalities"),
         (lambda f: f["weights"].pop("text"), "exactly the modalities"),

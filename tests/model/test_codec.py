@@ -1,6 +1,7 @@
 """Wire values become rows or are refused with a reason; what was encoded comes back."""
 
 import base64
+import json
 import pickle
 import resource
 import struct
@@ -16,14 +17,25 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model.codec import CodecError, Limits, array_from_image, decode, decode_bytes, encode
-from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality, check_array
+from model.modality import (
+    BinaryModality,
+    CategoricalModality,
+    ImageModality,
+    Modality,
+    TextModality,
+    VectorModality,
+    check_array,
+)
 
 DIGIT = ImageModality(name="digit", channels=1, height=28, width=28)
 PHOTO = ImageModality(name="photo", channels=3, height=32, width=32)
 WORD = TextModality(name="word", length=8, alphabet=" abcdefghijklmnopqrstuvwxyz")
 SENSOR = VectorModality(name="sensor", size=3, mean=(0.0, 1.0, 2.0), std=(1.0, 2.0, 4.0))
 TRAITS = BinaryModality(name="traits", attributes=("red", "a/b"))
-MODALITIES = [DIGIT, PHOTO, WORD, SENSOR, TRAITS]
+TITLE = TextModality(name="title", length=4, unit="word", vocabulary=("blue", "cup"))
+BRAND = CategoricalModality(name="brand", classes=("acme", "Zenith"))
+SCAN = ImageModality(name="scan", channels=2, height=2, width=3)
+MODALITIES = [DIGIT, PHOTO, WORD, SENSOR, TRAITS, TITLE, BRAND, SCAN]
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -454,6 +466,53 @@ class TestText:
             assert encode(WORD, one_hot) == {"text": text}
         padded_left = np.eye(27, dtype=np.float32)[[0, 0, 15, 14, 5, 0, 0, 0]]
         assert encode(WORD, padded_left) == {"text": "one"}
+
+
+class TestClasses:
+    def test_the_wire_form_is_the_name(self) -> None:
+        assert decode(BRAND, "Zenith").tolist() == decode_bytes(BRAND, b"Zenith").tolist() == [1]
+        check_array(BRAND, decode(BRAND, "acme"))
+
+    def test_the_likeliest_class_comes_with_all_probabilities(self) -> None:
+        answer = encode(BRAND, np.array([0.25, 0.75], dtype=np.float32))
+        assert answer == {"class": "Zenith", "data": {"acme": 0.25, "Zenith": 0.75}}
+
+    @pytest.mark.parametrize(("value", "code"), [("zenith", "bad_class"), (b"\xff", "bad_class"), (1, "wrong_type")])
+    def test_another_name_is_refused(self, value: object, code: str) -> None:
+        assert refusal(BRAND, value).code == code
+
+    def test_a_refusal_names_the_classes_but_not_thousands(self) -> None:
+        many = CategoricalModality(name="brand", classes=tuple(map(str, range(1000))))
+        assert refusal(BRAND, "x").detail == "received 'x', the classes are 'acme', 'Zenith'"
+        assert refusal(many, "x").detail.endswith("'19' and 980 more")
+
+
+class TestChannelsThatNoFileHas:
+    ARRAY = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 2, 3)
+
+    def test_the_array_travels_as_numbers(self) -> None:
+        wire = encode(SCAN, self.ARRAY)
+        assert wire["shape"] == [2, 2, 3]
+        np.testing.assert_array_equal(decode(SCAN, wire), self.ARRAY)
+        np.testing.assert_array_equal(decode_bytes(SCAN, json.dumps(wire).encode()), self.ARRAY)
+
+    @pytest.mark.parametrize(
+        ("change", "code", "pointer"),
+        [
+            ({"shape": [2, 3, 2]}, "bad_image", "/shape"),
+            ({"dtype": "float64"}, "bad_image", "/dtype"),
+            ({"data": "AAAA"}, "bad_image", "/data"),
+            ({"data": 7}, "wrong_type", "/data"),
+            ({"data": b64(np.full((2, 2, 3), np.nan, "<f4").tobytes())}, "bad_image", "/data"),
+            ({"more": 1}, "wrong_type", ""),
+        ],
+    )
+    def test_other_numbers_are_refused_where_they_are_wrong(self, change: dict[str, Any], code: str, pointer: str) -> None:
+        error = refusal(SCAN, {**encode(SCAN, self.ARRAY), **change})
+        assert (error.code, error.pointer) == (code, pointer)
+
+    def test_a_file_is_refused(self) -> None:
+        assert "2 channels" in refusal(SCAN, b64(file(scene(3, 2)))).detail
 
 
 class TestVectors:

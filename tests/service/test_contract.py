@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from model.modality import BinaryModality, TextModality, VectorModality
+from model.modality import BinaryModality, CategoricalModality, ImageModality, TextModality, VectorModality
 from model.runtime import Runtime
 from service.app import create
 from service.contract import document
@@ -16,6 +16,9 @@ MODALITIES = (
     VectorModality(name="sensor", size=3),
     BinaryModality(name="face", attributes=("smile", "hat")),
     TextModality(name="word", length=5, alphabet=" abc"),
+    TextModality(name="title", length=3, unit="word", vocabulary=("blue", "cup")),
+    CategoricalModality(name="brand", classes=("acme", "zenith")),
+    ImageModality(name="scan", channels=2, height=2, width=2),
 )
 
 
@@ -36,6 +39,13 @@ def requests(described: dict[str, Any], path: str) -> dict[str, Any]:
         ({"sensor": [1, 2]}, False),
         ({"sensor": {"data": "AAAA", "dtype": "float32"}}, True),
         ({"sensor": {"data": "AAAA"}}, False),
+        ({"title": "any words, known or not"}, True),
+        ({"title": ""}, False),
+        ({"brand": "acme"}, True),
+        ({"brand": "Acme"}, False),
+        ({"scan": {"data": "AAAA", "shape": [2, 2, 2], "dtype": "float32"}}, True),
+        ({"scan": {"data": "AAAA", "shape": [2, 2, 3], "dtype": "float32"}}, False),
+        ({"scan": "AAAA"}, False),
         ({"face": [0, True]}, True),
         ({"face": {"smile": True, "hat": 0}}, True),
         ({"face": {"smile": True}}, False),
@@ -56,7 +66,7 @@ def test_the_examples_fit_their_schema_and_show_every_modality(described: dict[s
     schema = {**content["application/json"]["schema"], "components": described["components"]}
     for example in content["application/json"]["examples"].values():
         jsonschema.Draft202012Validator(schema).validate(example["value"])
-    assert set(content["multipart/form-data"]["schema"]["properties"]) == {"sensor", "face", "word", "id", "options"}
+    assert set(content["multipart/form-data"]["schema"]["properties"]) == {m.name for m in MODALITIES} | {"id", "options"}
 
 
 def test_every_option_may_come_in_the_query(described: dict[str, Any]) -> None:

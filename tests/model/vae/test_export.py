@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model import bundle
-from model.modality import ImageModality, TextModality, VectorModality
+from model.modality import CategoricalModality, ImageModality, TextModality, VectorModality
 from model.runtime import Posterior, Runtime
 from model.vae import export
 from model.vae.export import INLINE_BYTES, PARITY_TOLERANCE, ExportError, export_bundle, parity
@@ -139,6 +139,39 @@ def test_awkward_sizes_export(tmp_path: Path, tiny_facts: dict[str, Any], make_v
         assert parity(vae, runtime, make_rows(modalities, rows, seed=rows)) <= PARITY_TOLERANCE
 
 
+def test_the_kinds_of_the_second_format_export(tmp_path: Path, tiny_facts: dict[str, Any], make_vae, make_rows) -> None:
+    modalities = (
+        ImageModality(name="scan", channels=2, height=8, width=8),
+        TextModality(name="title", length=5, unit="word", vocabulary=tuple(f"w{n}" for n in range(300))),
+        TextModality(name="code", length=2, alphabet=" ab\ufffd", too_long="cut"),
+        CategoricalModality(name="brand", classes=("a", "b", "c")),
+    )
+    vae = make_vae(modalities, width=2)
+    examples = make_rows(modalities, 15)
+    opened = export_bundle(vae, tmp_path / "b", facts=tiny_facts, samples=2, horizon=1, examples=examples, card="")
+    assert opened.manifest.format == 2
+    assert tuple(opened.manifest.modalities) == modalities
+    runtime = Runtime(opened, threads=1)
+    for rows in (1, 3, 16):
+        arrays = make_rows(modalities, rows, seed=rows)
+        assert parity(vae, runtime, arrays) <= PARITY_TOLERANCE
+        z = torch.randn(rows, vae.latent)
+        for modality in modalities:
+            assert difference(runtime.decode(modality.name, z.numpy()), vae.decode(modality.name, z)) <= PARITY_TOLERANCE
+    present = np.array([[True, False, False, False]] * 16)
+    encoded = runtime.encode(numbers(arrays), present)
+    arrays |= {name: torch.full_like(arrays[name], 10**9) for name in ("title", "code", "brand")}
+    assert np.array_equal(runtime.encode(numbers(arrays), present).mean, encoded.mean)
+
+
+def test_golden_examples_of_many_modalities_have_subsets_of_every_size(make_vae, make_rows) -> None:
+    modalities = tuple(VectorModality(name=f"v{n}", size=1) for n in range(8))
+    present = export.golden_examples(make_vae(modalities), make_rows(modalities, 64), 2)["present"]
+    assert len(np.unique(present, axis=0)) == 64
+    assert set(present.sum(1)) >= {1, 2, 3, 4, 5, 6, 8}
+    assert np.all((present.mean(0) > 0.3) & (present.mean(0) < 0.7))
+
+
 @pytest.fixture
 def plain(make_vae, make_rows, tiny_facts: dict[str, Any]) -> dict[str, Any]:
     """Arguments of an export that takes little time."""
@@ -174,5 +207,5 @@ def test_a_bundle_already_there_is_replaced(tmp_path: Path, plain: dict[str, Any
 
 
 def test_the_card_and_the_manifest_are_plain_text(tiny_bundle: bundle.Bundle) -> None:
-    assert json.loads((tiny_bundle.path / bundle.MANIFEST).read_text())["format"] == bundle.FORMAT
+    assert json.loads((tiny_bundle.path / bundle.MANIFEST).read_text())["format"] == 1  # what every reader knows
     assert (tiny_bundle.path / bundle.CARD).read_text() == "# tiny\n"

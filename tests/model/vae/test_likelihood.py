@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Laplace, Normal
 
-from model.modality import BinaryModality, ImageModality, Modality, TextModality, VectorModality
+from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
 from model.vae.likelihood import expectation, log_likelihood
 
 IMAGES = [
@@ -15,7 +15,10 @@ IMAGES = [
 VECTORS = [VectorModality(name="numbers", size=4, likelihood=likelihood, scale=2.5) for likelihood in ("gaussian", "laplace")]
 TEXT = TextModality(name="word", length=5, alphabet=" abc")
 BINARY = BinaryModality(name="traits", attributes=("a", "b", "c"))
-ALL: list[Modality] = [*IMAGES, *VECTORS, TEXT, BINARY]
+WORDS = TextModality(name="title", length=3, unit="word", vocabulary=("a", "b"))
+CLASSES = CategoricalModality(name="brand", classes=("a", "b", "c"))
+ALL: list[Modality] = [*IMAGES, *VECTORS, TEXT, WORDS, CLASSES, BINARY]
+CHOICES = TextModality | CategoricalModality
 
 
 def named(modality: Modality) -> str:
@@ -23,13 +26,13 @@ def named(modality: Modality) -> str:
 
 
 def shape_of_raw(modality: Modality) -> tuple[int, ...]:
-    return (*modality.shape, len(modality.alphabet)) if isinstance(modality, TextModality) else modality.shape
+    return (*modality.shape, modality.categories) if isinstance(modality, CHOICES) else modality.shape
 
 
 def rows(modality: Modality, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    if isinstance(modality, TextModality):
-        return torch.randint(len(modality.alphabet), (count, *modality.shape), generator=generator)
+    if isinstance(modality, CHOICES):
+        return torch.randint(modality.categories, (count, *modality.shape), generator=generator)
     if isinstance(modality, VectorModality):
         return torch.randn(count, *modality.shape, generator=generator)
     if modality.likelihood == "bernoulli":
@@ -38,7 +41,7 @@ def rows(modality: Modality, count: int) -> Tensor:
 
 
 def distribution(modality: Modality, raw: Tensor) -> Distribution:
-    if isinstance(modality, TextModality):
+    if isinstance(modality, CHOICES):
         return Independent(Categorical(logits=raw), 1)
     dimensions = len(modality.shape)
     if modality.likelihood == "bernoulli":
@@ -91,5 +94,7 @@ def test_expectations_are_those_of_the_distribution(modality: Modality) -> None:
     expected = expectation(modality, raw)
     if isinstance(modality, TextModality):
         torch.testing.assert_close(expected.exp(), Categorical(logits=raw).probs)
+    elif isinstance(modality, CategoricalModality):
+        torch.testing.assert_close(expected, Categorical(logits=raw[:, 0]).probs)
     else:
         torch.testing.assert_close(expected, distribution(modality, raw).mean)
