@@ -56,10 +56,10 @@ async function ask(path, request) {
     answer = await fetch(address(path), { ...request, headers });
     body = await answer.json();
   } catch {
-    throw new Refusal(0, { code: "no_answer", detail: "the service does not answer: does it still run?" }, 2000);
+    throw new Refusal(0, { code: "no_answer", title: "No answer", detail: "the service cannot be reached: does it still run" }, 2000);
   }
   if (!answer.ok) {
-    const told = body.error ? { code: body.error.code, detail: body.error.message } : body;
+    const told = body.error ? { code: body.error.code, title: "Refused", detail: body.error.message } : body;
     const seconds = Number(answer.headers.get("Retry-After") ?? 0);
     throw new Refusal(answer.status, told, told.retry_after_ms ?? 1000 * seconds);
   }

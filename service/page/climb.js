@@ -4,9 +4,11 @@ import { drawn, element, knob } from "./dom.js";
 
 const [WIDTH, HEIGHT, EDGE] = [340, 96, 9]; // the edge is half a slider's thumb, so that steps stand above their place
 
+const ENCODER = "The encoder alone, in one pass. Each step follows the gradient of the objective.";
+
 export class Climb {
-  /** `changed` is told the number of steps. */
-  constructor(place, most, changed) {
+  /** `changed` when the user moved the slider; `play` when all steps are to be seen in turn. */
+  constructor(place, most, changed, play) {
     this.most = most;
     this.trace = [];
     this.knob = knob("Steps", { id: "steps", min: 0, max: most, step: 1, value: 0 }, (steps) => {
@@ -15,7 +17,8 @@ export class Climb {
     });
     this.chart = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "chart", role: "img" });
     this.words = element("p", { class: "hint", id: "objective" });
-    place.replaceChildren(this.chart, this.knob.whole, this.words);
+    const button = element("button", { type: "button", class: "quiet", onclick: play }, "Play");
+    place.replaceChildren(this.chart, this.knob.whole, button, this.words);
     this.forget();
   }
 
@@ -31,25 +34,22 @@ export class Climb {
   /** Other evidence: what was seen is no longer so. */
   forget() {
     this.trace = [];
-    this.words.textContent = "Each step follows the gradient of the objective. Move the slider.";
+    this.words.textContent = ENCODER;
     this.draw();
   }
 
   /** @param refinement of the answer, or null. @param absent modalities that were not given. */
   show(refinement, absent) {
-    if (!refinement) return this.forgetWords();
+    if (!refinement) {
+      this.words.textContent = ENCODER;
+      return this.draw();
+    }
     if (refinement.trace.length > this.trace.length) this.trace = refinement.trace;
     const { objective, before, after, stopped, steps } = refinement;
     const climbed = objective === "elbo" ? "the full multimodal ELBO" : `the observed terms alone (no ${absent.join(", ")})`;
     const end = stopped === "steps" ? "" : `, stopped after ${steps}: ${stopped}`;
     this.words.replaceChildren("Climbed ", element("b", {}, climbed), `: ${nats(before)} → ${nats(after)}, `,
       element("b", {}, `+${(after - before).toFixed(1)} nats`), end, ".");
-    this.draw();
-  }
-
-  forgetWords() {
-    if (!this.trace.length) return this.forget();
-    this.words.textContent = "The encoder alone, in one pass.";
     return this.draw();
   }
 
@@ -60,7 +60,7 @@ export class Climb {
     const y = (value) => HEIGHT - 8 - ((HEIGHT - 24) * (value - low)) / (high - low || 1);
     const at = Math.min(steps, trace.length - 1);
     this.chart.replaceChildren(
-      drawn("line", { x1: EDGE, x2: WIDTH - EDGE, y1: HEIGHT - 1, y2: HEIGHT - 1, class: "axis" }),
+      ...Array.from({ length: most + 1 }, (_, step) => drawn("line", { x1: x(step), x2: x(step), y1: HEIGHT - 5, y2: HEIGHT, class: "axis" })),
       ...(trace.length ? [
         drawn("polyline", { points: trace.map((value, step) => `${x(step)},${y(value)}`).join(" "), class: "trace" }),
         ...trace.map((value, step) => drawn("circle", { cx: x(step), cy: y(value), r: step === at ? 4.5 : 2, class: step === at ? "now" : "step" })),

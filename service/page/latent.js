@@ -10,8 +10,10 @@ export class LatentMap {
   constructor(place, { centre, plane, points, labels }) {
     this.centre = centre;
     this.plane = plane;
-    const distances = points.map((point) => Math.hypot(...point)).sort((a, b) => a - b);
-    this.scale = SIZE / 2 / (REACH * Math.max(distances[Math.floor(0.98 * (distances.length - 1))] ?? 0, 2));
+    const [x, y] = this.project(centre.map(() => 0)); // where the prior is
+    const reaches = points.map((point) => Math.max(...point.map(Math.abs))).sort((a, b) => a - b);
+    const most = Math.max(reaches[Math.floor(0.99 * (reaches.length - 1))] ?? 0, Math.abs(x) + 1, Math.abs(y) + 1);
+    this.scale = SIZE / 2 / (REACH * most);
     this.posteriors = drawn("g");
     this.figure = drawn("svg", { viewBox: `${-SIZE / 2} ${-SIZE / 2} ${SIZE} ${SIZE}`, class: "latent", role: "img" },
       drawn("g", { class: "points" }, ...points.map(([x, y]) => drawn("circle", { cx: x * this.scale, cy: -y * this.scale, r: 1.6 }))),
@@ -38,9 +40,13 @@ export class LatentMap {
       : "Map of the latent space with the prior");
   }
 
+  project(mean) {
+    return this.plane.map((axis) => axis.reduce((sum, a, i) => sum + a * (mean[i] - this.centre[i]), 0));
+  }
+
+  /** On the screen, where y points down. */
   place(mean) {
-    const off = mean.map((value, i) => value - this.centre[i]);
-    const [x, y] = this.plane.map((axis) => axis.reduce((sum, a, i) => sum + a * off[i], 0));
+    const [x, y] = this.project(mean);
     return [x * this.scale, -y * this.scale];
   }
 
@@ -52,7 +58,7 @@ export class LatentMap {
   /** The Gaussian within the plane: its covariance there is plane · diag(variance) · planeᵀ. */
   shape({ mean, log_var }) {
     const covariance = (a, b) => log_var.reduce((sum, l, i) => sum + this.plane[a][i] * this.plane[b][i] * Math.exp(l), 0);
-    const [xx, xy, yy] = [covariance(0, 0), -covariance(0, 1), covariance(1, 1)]; // y points down on the screen
+    const [xx, xy, yy] = [covariance(0, 0), -covariance(0, 1), covariance(1, 1)]; // y points down
     const [middle, half] = [(xx + yy) / 2, Math.hypot((xx - yy) / 2, xy)];
     const [x, y] = this.place(mean);
     const angle = (90 / Math.PI) * Math.atan2(2 * xy, xx - yy);

@@ -12,21 +12,26 @@ import { results } from "./results.js";
 const MOST_STEPS = 16;
 const MOST_SAMPLES = 8;
 const READY_MS = 15_000;
+const FRAME_MS = 120;
+const MOST_KEPT = 256;
 const at = (id) => document.getElementById(id);
 
-/** One run at a time; asked while it runs, it runs once more after. */
-function latest(run) {
-  let running = false;
+/** One run at a time; asked while it runs, it runs once more after. `busy` is told when it begins and ends. */
+function latest(run, busy) {
+  let running = null;
   let asked = false;
-  return async () => {
-    asked = true;
-    if (running) return;
-    running = true;
+  const all = async () => {
+    busy(true);
     while (asked) {
       asked = false;
       await run();
     }
-    running = false;
+    running = null;
+    busy(false);
+  };
+  return () => {
+    asked = true;
+    return (running ??= all());
   };
 }
 
@@ -36,18 +41,22 @@ class Page {
     this.several = several;
     this.names = model.modalities.map((modality) => modality.name);
     this.seen = new Map();
-    this.run = latest(() => this.answer());
+    this.run = latest(() => this.answer(), (busy) => at("results").setAttribute("aria-busy", busy));
+    const changed = () => {
+      this.playing = false;
+      return this.run();
+    };
     const most = Math.max(1, Math.min(MOST_SAMPLES, Math.floor(model.limits.max_samples / this.names.length)));
-    this.samples = knob("Samples", { id: "num_samples", min: 1, max: most, step: 1, value: Math.min(4, most) }, this.run);
-    this.temperature = knob("Temperature", { id: "temperature", min: 0, max: 2, step: 0.05, value: 1, format: (n) => n.toFixed(2) }, this.run);
-    this.seed = knob("Seed", { id: "seed", type: "number", min: 0, max: 2 ** 31, step: 1, value: 0 }, this.run);
-    this.compare = element("input", { type: "checkbox", id: "compare", onchange: this.run });
+    this.samples = knob("Samples", { id: "num_samples", min: 1, max: most, step: 1, value: Math.min(4, most) }, changed);
+    this.temperature = knob("Temperature", { id: "temperature", min: 0, max: 2, step: 0.05, value: 1, format: (n) => n.toFixed(2) }, changed);
+    this.seed = knob("Seed", { id: "seed", type: "number", min: 0, max: 2 ** 31, step: 1, value: 0 }, changed);
+    this.compare = element("input", { type: "checkbox", id: "compare", onchange: changed });
     at("knobs").replaceChildren(this.samples.whole, this.temperature.whole, this.seed.whole,
       element("label", { class: "check" }, this.compare, "also from each one alone"));
-    this.evidence = new Evidence(at("inputs"), model.modalities, samples, this.run);
+    this.evidence = new Evidence(at("inputs"), model.modalities, samples, changed);
     document.onpaste = (event) => this.evidence.paste(event.clipboardData.files[0]);
     this.map = new LatentMap(at("map"), map);
-    this.climb = new Climb(at("climb"), Math.min(MOST_STEPS, model.limits.max_refine_steps), this.run);
+    this.climb = new Climb(at("climb"), Math.min(MOST_STEPS, model.limits.max_refine_steps), changed, () => this.play(this.climb.most));
     this.program = new Program(at("code"));
     const starts = examples(model.modalities, samples);
     const buttons = starts.map((example) => element("button", { type: "button", onclick: () => this.start(example) }, example.title));
@@ -61,8 +70,17 @@ class Page {
   async start({ give, noise, compare, steps }) {
     await this.evidence.give(give, noise);
     this.compare.checked = compare;
-    this.climb.steps = steps;
-    this.run();
+    await this.play(steps);
+  }
+
+  /** Show every step in turn, up to this one, unless something else is asked for. */
+  async play(steps) {
+    const playing = (this.playing = {});
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    for (let step = still ? steps : 0; step <= steps && this.playing === playing; step++) {
+      this.climb.steps = step;
+      await Promise.all([this.run(), new Promise((done) => setTimeout(done, step < steps ? FRAME_MS : 0))]);
+    }
   }
 
   /** The requests that are on the screen; null where nothing is given. */
@@ -113,8 +131,10 @@ class Page {
   /** The same request has the same answer: moved back and forth, the slider asks once. */
   async once(call, body) {
     const key = call + JSON.stringify(body);
-    if (!this.seen.has(key)) this.seen.set(key, await post(call, body));
-    return this.seen.get(key);
+    if (this.seen.size > MOST_KEPT) this.seen.clear();
+    const answer = this.seen.get(key) ?? (await post(call, body));
+    this.seen.set(key, answer);
+    return answer;
   }
 
   show(bodies, embedded, generated) {
@@ -126,7 +146,7 @@ class Page {
     this.climb.show(refinement, this.names.filter((name) => !subsets[0].includes(name)));
     results(at("results"), this.model.modalities, generated.body.data.map((one) => one.modalities), generated.body.data);
     timings(at("timings"), generated);
-    at("results").dataset.answers = Number(at("results").dataset.answers ?? 0) + 1;
+    at("told").textContent = `Shown: ${this.names.join(", ")}, from ${subsets[0].join(", ")}.`;
   }
 
   /** Means of the same evidence at fewer steps, as far as they were asked for. */
@@ -160,6 +180,7 @@ class Page {
     this.facts([], []);
     this.program.show({});
     at("timings").replaceChildren();
+    at("told").textContent = "";
     at("results").replaceChildren(element("p", { class: "hint" }, "Nothing is given yet: draw something, write something, or pick a sample."));
   }
 
@@ -167,6 +188,7 @@ class Page {
   refuse(refusal) {
     const elsewhere = refusal.faults.filter(([name, detail]) => !this.blame(name, detail));
     if (elsewhere.length || !refusal.faults.length) notify(refusal);
+    at("access").hidden = refusal.status !== 401 && refusal.status !== 403;
     if (refusal.waitMs) this.retry = setTimeout(this.run, refusal.waitMs);
     readiness();
   }
@@ -186,10 +208,9 @@ class Page {
   }
 }
 
-function notify({ status, problem, waitMs }) {
-  const what = { 0: "No answer", 401: "A key is needed", 403: "This key is not known", 429: "The quota is spent", 503: "The service is busy", 504: "It took too long" }[status];
+function notify({ problem, waitMs }) {
   const again = waitMs ? ` Asking again in ${Math.ceil(waitMs / 1000)} s.` : "";
-  at("notice").textContent = `${what ?? problem.title ?? "Refused"}: ${problem.detail}.${again}`;
+  at("notice").textContent = `${problem.title ?? "Refused"}: ${problem.detail}.${again}`;
   at("notice").hidden = false;
 }
 

@@ -61,10 +61,10 @@ export class Program {
 export function timings(place, { stages, ms }) {
   const spent = Object.entries(stages);
   const way = ms - spent.reduce((sum, [, took]) => sum + took, 0);
-  const parts = [...spent, ["the way and the rest", Math.max(way, 0)]];
+  const parts = [...spent, ["network and browser", Math.max(way, 0)]];
   const bar = element("div", { class: "spent", "aria-hidden": "true" });
   for (const [name, took] of parts) {
-    const part = element("i", { class: name === "the way and the rest" ? "way" : name });
+    const part = element("i", { class: name === "network and browser" ? "way" : name });
     part.style.flexGrow = took;
     bar.append(part);
   }
