@@ -44,13 +44,15 @@ deploy-check: $(VENV)/.dev-$(ORT)
 	$(BIN)/pip install --quiet --editable '.[$(ORT),bulk]'
 	CONCORD_TEST_EVERYTHING=1 $(BIN)/python -m pytest tests/test_docker.py tests/service/test_dataset.py tests/service/test_bulk.py
 
-# The images' packages, every file by its hash. PyTorch's CPU build comes from its own index or folder: UV_INDEX or UV_FIND_LINKS.
-UV_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
+# The images' packages, every file by its hash. What pyproject.toml still allows stays as it is; make lock UPGRADE=--upgrade takes
+# the newest. PyTorch's CPU build comes from its own index or folder: UV_INDEX or UV_FIND_LINKS.
+UPGRADE ?=
+UV_COMPILE := $(BIN)/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock'
 lock: $(VENV)/.release
 	echo setuptools | $(UV_COMPILE) - --output-file docker/requirements-build.txt
-	$(UV_COMPILE) pyproject.toml --extra cpu --output-file docker/requirements-cpu.txt
-	$(UV_COMPILE) pyproject.toml --extra gpu --output-file docker/requirements-gpu.txt
+	$(UV_COMPILE) pyproject.toml --extra cpu --extra otel --output-file docker/requirements-cpu.txt
+	$(UV_COMPILE) pyproject.toml --extra gpu --extra otel --output-file docker/requirements-gpu.txt
 	$(UV_COMPILE) pyproject.toml --extra cpu --extra train --output-file docker/requirements-training.txt
 
 # What is in each image, as CycloneDX, to dist/.
