@@ -15,6 +15,7 @@ from rich.table import Table
 
 from model.bundle import DEFAULT_BUNDLE, BundleError, builtin, read
 from model.vae.export import ExportError
+from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
 from training import config, data
 from training.checkpoint import Run, RunError
@@ -108,6 +109,8 @@ def export(
     The graphs are checked against the model before anything is written; a bundle already there is replaced in one step.
     """
     with _finished(configuration, folder, out) as (settings, vae, training, test, run):
+        if not isinstance(vae, MultimodalVAE):
+            raise config.ConfigError(f'{configuration}: model is "{settings.model}"; a bundle holds a "concord" alone')
         bundle = export_run(settings, vae, training, test, run.read(EVALUATION), to or run.path / "bundle")
     size = sum(entry.bytes for entry in bundle.manifest.files.values())
     print(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}, {size / 1e6:.1f} MB, sha256 {bundle.sha256[:16]}")
@@ -127,7 +130,7 @@ def report(
 @contextmanager
 def _finished(
     configuration: Path, folder: Path | None, out: Path | None
-) -> Iterator[tuple[config.Config, MultimodalVAE, data.Dataset, data.Dataset, Run]]:
+) -> Iterator[tuple[config.Config, Generative, data.Dataset, data.Dataset, Run]]:
     settings = config.load(configuration)
     path = out or Path("runs") / settings.name
     if not path.exists():
@@ -141,7 +144,7 @@ def _finished(
 
 
 def _evaluate(
-    settings: config.Config, vae: MultimodalVAE, training: data.Dataset, test: data.Dataset, run: Run, progress: Progress
+    settings: config.Config, vae: Generative, training: data.Dataset, test: data.Dataset, run: Run, progress: Progress
 ) -> None:
     figures = {**figures_of(settings, vae, training, test, progress), "training": run.cost()}
     run.write(EVALUATION, figures)
@@ -157,12 +160,12 @@ def _print_figures(figures: dict[str, Any]) -> None:
         for name, accuracy in figures["probe"].items():
             table.add_row(name, f"{accuracy:.4f}")
         console.print(table)
-    refinement = figures["refinement"]
-    console.print(
-        f"refinement, {refinement['steps']} steps: ELBO {refinement['elbo_before']:.2f} -> {refinement['elbo_after']:.2f} "
-        f"weighted nats; raised for {refinement['raised']:.2%} of rows, judged with fresh noise "
-        f"{refinement['raised_fresh_noise']:.2%}"
-    )
+    if refinement := figures.get("refinement"):
+        console.print(
+            f"refinement, {refinement['steps']} steps: ELBO {refinement['elbo_before']:.2f} -> {refinement['elbo_after']:.2f} "
+            f"weighted nats; raised for {refinement['raised']:.2%} of rows, judged with fresh noise "
+            f"{refinement['raised_fresh_noise']:.2%}"
+        )
     cost = figures["training"]
     console.print(f"training: {cost['seconds']:.0f} s, peak memory {cost['peak_memory_bytes'] / 2**20:.0f} MiB")
 

@@ -50,16 +50,35 @@ Place = Annotated[Annotated[str, Tag("Path")] | Annotated[Hub, Tag("Hub")], Disc
 """A Parquet file, a folder with one folder of images a class, or a data set on the hub. Paths start in the data folder."""
 
 
+def _absent(value: object) -> bool:
+    return value is None
+
+
 class Source(_Table):
     """One table of rows, and which of its columns hold which modalities."""
 
     train: Place
-    test: Place
-    columns: dict[str, str] = Field(min_length=1)
-    """Modality name -> column name."""
+    test: Place | None = Field(default=None, exclude_if=_absent)
+    """None: ``train`` holds both, and ``split`` or ``held_out`` parts them."""
+    split: str | None = Field(default=None, exclude_if=_absent)
+    """Column that says "train" or "test" of each row."""
+    held_out: float | None = Field(default=None, gt=0, le=0.5, exclude_if=_absent)
+    """Share of the rows that are tested on and not trained on, drawn once and for all."""
+    columns: dict[str, str | tuple[str, ...]] = Field(min_length=1)
+    """Modality name -> column name; several columns of single numbers make up one vector or one set of attributes."""
     label: str | None = None
     """Column of the class of each row."""
     licence: str
+
+    @model_validator(mode="after")
+    def _split_is_clear(self) -> "Source":
+        ways = [name for name in ("test", "split", "held_out") if getattr(self, name) is not None]
+        if len(ways) != 1:
+            raise ValueError(
+                "the test rows come from exactly one of test (a file of their own), split (a column) and held_out (a share); "
+                f"received {' and '.join(ways) or 'none'}"
+            )
+        return self
 
 
 class Data(_Table):
@@ -75,6 +94,10 @@ class Data(_Table):
     """In the order of the label numbers. None: the names that the sources give."""
     rows_per_epoch: PositiveInt | None = None
     """Training rows an epoch takes, drawn anew each time. None: all."""
+    bad_values: Literal["fail", "absent"] = Field(default="fail", exclude_if=lambda answer: answer == "fail")
+    """A value that cannot be read ends the run before it begins, or counts as absent, with a warning."""
+    max_vocabulary: PositiveInt = Field(default=2000, exclude_if=lambda size: size == 2000)
+    """Words that a text learns at most, the most frequent ones."""
     sources: tuple[Source, ...] = Field(min_length=1)
 
 
@@ -127,11 +150,16 @@ class Align(Stage):
     """Weight of reconstructing all modalities from a sample of a random subset's posterior, against the joint ELBO."""
 
 
+Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf"]
+
+
 class Config(_Table):
     """A whole run."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     version: str = Field(default="1", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")
+    model: Model = Field(default="concord", exclude_if=lambda model: model == "concord")
+    """Ours, or a rival on the same terms (``baselines``). Ours is left out of what is hashed: older runs keep their hash."""
     seed: NonNegativeInt = 0
     threads: PositiveInt = 2
     precision: Literal["bfloat16", "float32"] = "float32"

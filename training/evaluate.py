@@ -8,12 +8,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from model.vae.gaussian import antithetic, standard_like
+from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
 from training.config import Config
 from training.data import Dataset
 from training.metrics.probe import linear_probe
 from training.metrics.refinement import JUDGE_SAMPLES, refined_elbos
 from training.objectives import every_subset
+from training.posteriors import posteriors
 from training.progress import Progress
 from training.sources import UNKNOWN
 
@@ -21,11 +23,11 @@ BATCH_ROWS = 500
 PROBE_POOL = 6000  # training rows that the probe's points are drawn from
 
 
-def evaluate(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, progress: Progress) -> dict[str, Any]:
+def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, progress: Progress) -> dict[str, Any]:
     """All figures, by name; JSON values.
 
     ``probe``: accuracy of a linear probe on the posterior means, by subset and on the joint encoder's means, among the rows
-    that have a label and some of the subset; left out where these rows know fewer than two classes.
+    that have a label and some of the subset; left out where these rows know fewer than two classes. Of ours alone:
     ``refinement``: of rows as they are, from the aligned posterior, as the service refines: the mean ELBO by step with the
     noise that is climbed, and judged with fresh noise before and after the trained number of steps; ``raised`` is the share
     of rows whose ELBO rises, with either noise. ``joint`` is the mean ELBO of the joint encoder's own posterior.
@@ -43,12 +45,13 @@ def evaluate(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, 
     probed = [name for name in means if len(np.unique(pool[name][1])) > 1 and len(means[name][1])]
     if probed:
         figures["probe"] = {name: linear_probe(*pool[name], *means[name], seed=config.seed) for name in probed}
-    figures["refinement"] = _refinement(config, vae, test, progress)
+    if isinstance(vae, MultimodalVAE):
+        figures["refinement"] = _refinement(config, vae, test, progress)
     return figures
 
 
 def _means(
-    vae: MultimodalVAE, data: Dataset, subsets: dict[str, Tensor], rows: int, progress: Progress, *, shuffle: bool
+    vae: Generative, data: Dataset, subsets: dict[str, Tensor], rows: int, progress: Progress, *, shuffle: bool
 ) -> dict[str, tuple[Float[np.ndarray, "_ latent"], Int64[np.ndarray, " _"]]]:
     """Posterior means of every subset, and of the joint encoder under the name ``joint``, each with the labels of its rows:
     those that have a label and some of the subset."""
@@ -57,16 +60,17 @@ def _means(
     steps = min(data.steps_per_epoch(BATCH_ROWS, shuffle=shuffle), -(-rows // BATCH_ROWS))
     with progress.stage("embed", steps) as advance, torch.no_grad():
         for step, batch in zip(range(steps), data.batches(0, BATCH_ROWS, 0, shuffle=shuffle), strict=False):
-            features = vae.aligned.features(batch.arrays)
             known = batch.labels if batch.labels is not None else torch.full((len(batch.present),), UNKNOWN)
-            for name, subset in subsets.items():
+            masks = [batch.present & subset for subset in subsets.values()]
+            for (name, subset), q in zip(subsets.items(), posteriors(vae, batch.arrays, masks), strict=True):
                 chosen = (batch.present & subset).any(1) & (known != UNKNOWN)
-                means[name].append(vae.aligned.fuse(features, batch.present & subset).mean[chosen])
+                means[name].append(q.mean[chosen])
                 labels[name].append(known[chosen])
-            means["joint"].append(vae.joint(batch.arrays, batch.present).mean[known != UNKNOWN])
-            labels["joint"].append(known[known != UNKNOWN])
+            if isinstance(vae, MultimodalVAE):
+                means["joint"].append(vae.joint(batch.arrays, batch.present).mean[known != UNKNOWN])
+                labels["joint"].append(known[known != UNKNOWN])
             advance(step + 1, {})
-    return {name: (torch.cat(means[name]).numpy(), torch.cat(labels[name]).numpy()) for name in means}
+    return {name: (torch.cat(means[name]).numpy(), torch.cat(labels[name]).numpy()) for name in means if means[name]}
 
 
 def _refinement(config: Config, vae: MultimodalVAE, test: Dataset, progress: Progress) -> dict[str, Any]:

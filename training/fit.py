@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
+from training import baselines
 from training.checkpoint import Position, Run
 from training.config import Config
 from training.data import Dataset
@@ -26,11 +28,12 @@ class DivergenceError(Exception):
     """The loss, or a weight, is no longer a number."""
 
 
-def build(config: Config, data: Dataset) -> MultimodalVAE:
+def build(config: Config, data: Dataset) -> Generative:
     """The untrained model of a configuration, its weights drawn from the configuration's seed."""
     torch.manual_seed(config.seed)
     network = config.network
-    vae = MultimodalVAE(
+    kind = MultimodalVAE if config.model == "concord" else baselines.MODELS[config.model]
+    vae = kind(
         data.modalities,
         latent=network.latent,
         features=network.features,
@@ -41,7 +44,7 @@ def build(config: Config, data: Dataset) -> MultimodalVAE:
     return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # missing in PyTorch's stubs
 
 
-def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> MultimodalVAE:
+def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Generative:
     """Train all stages, from the run's checkpoint if it has one. The same configuration and data give the same numbers,
     interrupted or not.
 
@@ -50,7 +53,7 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Multimod
     """
     torch.set_num_threads(config.threads)
     vae = build(config, data)
-    plan = stages(vae, config)
+    plan = _plan(vae, config)
     position, optimizer_state = Position(), None
     if saved := run.resume():
         position, state = saved
@@ -59,7 +62,7 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Multimod
         progress.say(f"continuing at stage {position.stage + 1} of {len(plan)}, step {position.step}")
     for index in range(position.stage, len(plan)):
         first = position.step if index == position.stage else 0
-        if plan[index].name == "align" and first == 0:
+        if plan[index].name == "align" and first == 0 and isinstance(vae, MultimodalVAE):
             vae.aligned.load_state_dict(vae.joint.state_dict())  # the trunks already see; what is new is to do with less
         optimizer = torch.optim.Adam(vae.parameters(), lr=plan[index].settings.learning_rate)
         if optimizer_state is not None:
@@ -70,13 +73,17 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Multimod
     return vae.eval()
 
 
-def load(config: Config, data: Dataset, run: Run) -> MultimodalVAE | None:
+def load(config: Config, data: Dataset, run: Run) -> Generative | None:
     """The trained model of a run, or None when it has not finished."""
     saved = run.checkpoint()
-    if saved is None or saved[0].stage < len(stages(vae := build(config, data), config)):
+    if saved is None or saved[0].stage < len(_plan(vae := build(config, data), config)):
         return None
     vae.load_state_dict(saved[1]["model"])
     return vae.eval()
+
+
+def _plan(vae: Generative, config: Config) -> list[Stage]:
+    return stages(vae, config) if isinstance(vae, MultimodalVAE) else baselines.stages(vae, config)
 
 
 def _fit_stage(
@@ -84,7 +91,7 @@ def _fit_stage(
     data: Dataset,
     run: Run,
     progress: Progress,
-    vae: MultimodalVAE,
+    vae: Generative,
     optimizer: torch.optim.Optimizer,
     stage: Stage,
     index: int,
@@ -138,7 +145,7 @@ def _fit_stage(
                 _save(run, Position(index, done), vae, optimizer.state_dict())
 
 
-def _save(run: Run, position: Position, vae: MultimodalVAE, optimizer: dict[str, Any] | None) -> None:
+def _save(run: Run, position: Position, vae: Generative, optimizer: dict[str, Any] | None) -> None:
     broken = [name for name, value in vae.state_dict().items() if not bool(value.isfinite().all())]
     if broken:  # a finite loss may have an infinite slope: a checkpoint of that would never recover
         raise DivergenceError(f"{position}: {broken[0]} is no longer finite. Lower the stage's learning_rate")

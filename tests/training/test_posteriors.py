@@ -1,0 +1,83 @@
+"""One interface for all posteriors: means, samples and densities that agree with each other and with torch.distributions."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from model.vae.gaussian import Gaussian
+from model.vae.multimodal import MultimodalVAE
+from training.objectives import every_subset
+from training.posteriors import GaussianPosterior, MixturePosterior, Posterior, log_prior, posteriors
+
+ROWS, LATENT, MANY = 3, 2, 40_000
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussians(*shape: int) -> Gaussian:
+    return Gaussian(torch.randn(*shape, generator=seeded(1)), torch.randn(*shape, generator=seeded(2)))
+
+
+def mixture() -> MixturePosterior:
+    """Of 4 components; the rows mix 4, 2 and 1 of them."""
+    return MixturePosterior(gaussians(4, ROWS, LATENT), torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]).bool())
+
+
+def distribution(q: Posterior, row: int) -> Any:
+    if isinstance(q, MixturePosterior):
+        among = q.among[:, row]
+        mean, log_var = (part[among, row] for part in q.components)
+        parts = Independent(Normal(mean, (log_var / 2).exp()), 1)
+        return MixtureSameFamily(Categorical(logits=torch.zeros(len(mean))), parts)
+    assert isinstance(q, GaussianPosterior)
+    return Independent(Normal(q.mean[row], (q.gaussian.log_var[row] / 2).exp()), 1)
+
+
+@pytest.fixture(params=["gaussian", "mixture"])
+def posterior(request: Any) -> Posterior:
+    return mixture() if request.param == "mixture" else GaussianPosterior(gaussians(ROWS, LATENT))
+
+
+def test_densities(posterior: Posterior) -> None:
+    z = torch.randn(ROWS, 7, LATENT, generator=seeded(3))
+    for row, found in enumerate(posterior.log_density(z)):
+        torch.testing.assert_close(found, distribution(posterior, row).log_prob(z[row]))
+
+
+def test_samples_have_the_moments(posterior: Posterior) -> None:
+    z = posterior.sample(MANY, seeded(4))
+    assert z.shape == (ROWS, MANY, LATENT)
+    for row in range(ROWS):
+        expected = distribution(posterior, row)
+        error = 5 * (expected.variance / MANY).sqrt()
+        assert torch.all((z[row].mean(0) - expected.mean).abs() < error)
+        assert torch.all((z[row].var(0) / expected.variance - 1).abs() < 0.1)
+        torch.testing.assert_close(posterior.mean[row], expected.mean)
+
+
+def test_samples_depend_on_the_seed_alone(posterior: Posterior) -> None:
+    assert torch.equal(posterior.sample(5, seeded(1)), posterior.sample(5, seeded(1)))
+    assert not torch.equal(posterior.sample(5, seeded(1)), posterior.sample(5, seeded(2)))
+
+
+def test_the_prior() -> None:
+    z = torch.randn(5, 3, LATENT, generator=seeded())
+    torch.testing.assert_close(log_prior(z), Normal(0.0, 1.0).log_prob(z).sum(-1))
+
+
+def test_ours_are_those_of_the_aligned_encoder(tiny_vae: MultimodalVAE, make_rows: Any) -> None:
+    arrays = make_rows(tiny_vae.modalities, ROWS)
+    masks = [subset.expand(ROWS, 4) for subset in every_subset(4)]
+    for seen, q in zip(masks, posteriors(tiny_vae, arrays, masks), strict=True):
+        torch.testing.assert_close(q.mean, tiny_vae.aligned(arrays, seen).mean)
+
+
+def test_a_mixture_of_nothing_is_the_prior() -> None:
+    q = MixturePosterior(gaussians(4, ROWS, LATENT), torch.zeros(4, ROWS).bool())
+    z = torch.randn(ROWS, 7, LATENT, generator=seeded(3))
+    torch.testing.assert_close(q.log_density(z), log_prior(z))
+    assert torch.equal(q.mean, torch.zeros(ROWS, LATENT))

@@ -1,0 +1,34 @@
+"""The rivals, on equal terms: same trunks and heads, decoders, latent size, likelihoods, weights, beta, optimiser, seeds and
+number of epochs as ours. What differs is the posterior of a subset and the objective, each in a module of its own.
+"""
+
+from model.vae.generative import Generative
+from training import config
+from training.baselines.jmvae import JMVAE
+from training.baselines.jnf import JNF
+from training.baselines.mmvae import MMVAE
+from training.baselines.mopoe import MoPoE
+from training.baselines.mvae import MVAE
+from training.baselines.mvtcae import MVTCAE
+from training.baselines.rival import ExpertRival
+from training.stages import Stage
+
+MODELS: dict[str, type[ExpertRival] | type[JNF]] = {
+    "jmvae": JMVAE,
+    "mvae": MVAE,
+    "mmvae": MMVAE,
+    "mopoe": MoPoE,
+    "mvtcae": MVTCAE,
+    "jnf": JNF,
+}
+
+
+def stages(rival: Generative, settings: config.Config) -> list[Stage]:
+    """One stage with the epochs of all of ours; JNF's joint VAE has those of our first two, its flows those of the third."""
+    joint, refiner, align = settings.joint, settings.refiner, settings.align
+    if isinstance(rival, JNF):
+        first = joint.model_copy(update={"epochs": joint.epochs + refiner.epochs})
+        return [Stage("joint", first, rival.joint_loss), Stage("flows", align, rival.flow_loss)]
+    assert isinstance(rival, ExpertRival)
+    epochs = joint.epochs + refiner.epochs + align.epochs
+    return [Stage("joint", joint.model_copy(update={"epochs": epochs}), rival.loss)]
