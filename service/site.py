@@ -1,6 +1,5 @@
 """The page in the browser: files of the package, and what it shows of a bundle. No route here is part of the API."""
 
-import mimetypes
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +11,7 @@ from service.samples import describe
 
 FOLDER = Path(__file__).parent / "page"
 INDEX = "index.html"
-SERVED = frozenset({".html", ".css", ".js", ".svg"})
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -22,7 +21,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-FILES = {"/" if file.name == INDEX else f"/page/{file.name}": file for file in FOLDER.iterdir() if file.suffix in SERVED}
+FILES = {"/" if file.name == INDEX else f"/page/{file.name}": file for file in FOLDER.iterdir() if file.suffix in MEDIA_TYPES}
 """By path. Whoever may reach the service may load them without a key: they hold nothing of the bundle."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -49,7 +48,7 @@ def _file(file: Path) -> Endpoint:
     content = file.read_bytes()
     etag = f'"{sha256(content).hexdigest()[:32]}"'
     headers = {**HEADERS, "ETag": etag}
-    media_type = mimetypes.types_map[file.suffix]
+    media_type = MEDIA_TYPES[file.suffix]
 
     async def answer(request: Request) -> Response:
         if etag in request.headers.get("if-none-match", ""):
