@@ -9,7 +9,8 @@ Images
 Text
     ``model.text`` has the rules.
 Vectors
-    Finite numbers as measured; ``modality.mean`` and ``std`` standardise them on the way in and are undone on the way out.
+    Numbers as measured, finite and within 1e9 standard deviations; ``modality.mean`` and ``std`` standardise them on the way in
+    and are undone on the way out.
 Binary
     0, 1, true or false for each attribute, as a list in the modality's order or as an object that names every attribute.
 Categorical
@@ -42,6 +43,7 @@ MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
 _UNDECLARED = frozenset({"", "application/octet-stream"})
 _NOT_JSON: dict[str, Code] = {"image": "bad_image", "vector": "bad_vector", "binary": "bad_attributes"}
 _SHOWN = 20  # classes named in a refusal
+_MOST_DEVIATIONS = 1e9  # of a vector's numbers: far beyond any measurement, and networks do not overflow yet
 
 
 def decode(modality: Modality, value: object, limits: Limits = DEFAULT_LIMITS) -> Shaped[np.ndarray, "..."]:
@@ -216,10 +218,13 @@ def _vector(modality: VectorModality, value: object) -> Float32[np.ndarray, " si
     mean, std = _statistics(modality)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
         array: NDArray[np.float32] = ((numbers - mean) / std).astype(np.float32)
-    if not np.isfinite(array).all():
-        index = int(np.argmin(np.isfinite(array)))
+    taken = np.abs(array) <= _MOST_DEVIATIONS  # which no NaN is
+    if not taken.all():
+        index = int(np.argmin(taken))
         raise CodecError(
-            "bad_vector", f"number {index} is not finite in float32", f"/{index}" if isinstance(value, list) else "/data"
+            "bad_vector",
+            f"number {index} is not finite, or more than {_MOST_DEVIATIONS:g} standard deviations from the mean",
+            f"/{index}" if isinstance(value, list) else "/data",
         )
     return array
 

@@ -6,7 +6,13 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32
-from PIL import Image, ImageOps
+from PIL import (
+    Image,
+    ImageOps,
+    JpegImagePlugin,  # noqa: F401 - the three that are taken: asked for a format it does not know yet, Pillow loads them all
+    PngImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
 
 from model.modality import ImageModality
 from model.wire import CodecError, Limits

@@ -209,6 +209,11 @@ def test_memory_that_runs_out_halves_the_batches_and_fails_nobody(serve: Serve, 
             assert answer.status_code == 200
             assert faulty.batches == expected
             faulty.batches.clear()
+        faulty.fault = lambda rows: scarce(rows + 10)  # not even one row fits
+        answer = client.post("/embed", json=WORD)
+        assert (answer.status_code, answer.json()["code"]) == (503, "engine_failed")
+        faulty.fault = lambda _: None
+        assert client.post("/embed", json=WORD).status_code == 200
 
 
 def test_a_deadline_that_passes_in_the_queue_costs_no_work(serve: Serve, faulty: Faulty) -> None:
@@ -246,6 +251,42 @@ def test_a_budget_answers_with_the_best_there_is_before_the_deadline(serve: Serv
         assert 1 <= told["steps"] < 64
         asked["refine"]["budget_ms"] = None
         assert client.post("/embed", json=asked, headers={"X-Request-Timeout-Ms": "1000"}).status_code == 504
+
+
+def test_refinement_that_diverges_is_told_and_the_aligned_posterior_kept(serve: Serve, runtime: Runtime) -> None:
+    class Unsteady(Runtime):
+        """Every step leads nowhere, once the golden examples are through."""
+
+        steady = True
+
+        def refine(self, *given: Any) -> Any:
+            posterior, objective = super().refine(*given)
+            return posterior if self.steady else Posterior(posterior.mean + np.inf, posterior.log_var), objective
+
+    unsteady = Unsteady(runtime.bundle, threads=1)
+    with serve(unsteady) as client:
+        unsteady.steady = False
+        aligned = client.post("/embed", json=WORD).json()["data"][0]["embedding"]
+        answer = client.post("/embed", json={**WORD, "refine": {"steps": 5, "trace": True}})
+        (told,) = answer.json()["data"]
+        assert (told["refinement"]["stopped"], told["refinement"]["steps"]) == ("diverged", 0)
+        assert told["refinement"]["after"] == told["refinement"]["before"] == told["refinement"]["trace"][0]
+        np.testing.assert_allclose(told["embedding"], aligned, atol=1e-6)
+        assert 'concord_refine_stops_total{reason="diverged"} 1.0' in client.get("/metrics").text
+
+
+def test_numbers_at_the_end_of_the_range_get_an_answer_and_beyond_a_reason(serve: Serve, tiny_bundle: bundle.Bundle) -> None:
+    """What no encoder has a finite answer to would look like a fault of the model, and fail its neighbours in the request."""
+    with serve(Runtime(tiny_bundle, threads=1)) as client:
+        for number, status in ((1e9, 200), (-1e9, 200), (1e10, 422), (3e38, 422)):
+            inputs = [{"vector": [number] * 5}, {"text": "abc"}]
+            for path in ("/embed", "/cross-generate"):
+                answer = client.post(path, json={"inputs": inputs, "refine": {"steps": 3}})
+                assert answer.status_code == status, answer.text
+        partial = client.post("/embed", json={"inputs": inputs, "on_error": "partial"}).json()["data"]
+        assert partial[0]["error"]["code"] == "bad_vector"
+        assert np.isfinite(partial[1]["embedding"]).all()
+        assert failing(client, "/readyz") == []
 
 
 def test_the_wait_that_is_told_is_that_of_the_work_held(serve: Serve, faulty: Faulty) -> None:
