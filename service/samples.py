@@ -65,7 +65,7 @@ def find_plane(mean: Means, label: Shaped[np.ndarray, " row"] | None) -> Float[n
 
 def _scatter(mean: Means) -> Float[np.ndarray, "latent latent"]:
     centred = mean - mean.mean(axis=0)
-    return centred.T @ centred
+    return np.asarray(centred.T @ centred)
 
 
 def _arrays(bundle: Bundle, name: str) -> dict[str, NDArray[Any]]:

@@ -29,7 +29,8 @@ PARITY_TOLERANCE = 1e-4  # relative to the largest value of an answer
 INLINE_BYTES = 1024  # smaller tensors stay in their graph
 SUBSET_STRIDE = 101  # divides 2^M - 1 for no M up to 8, so that steps of it meet every subset
 
-logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)  # it tells of every constant that it leaves unfolded
+for library in ("onnxscript", "onnx_ir"):  # they tell of every constant and function that they leave alone
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 
 class ExportError(Exception):
@@ -74,7 +75,7 @@ def export_bundle(
         np.savez(folder / bundle.GOLDEN, **golden_examples(vae, examples, samples))
         files = [*graphs, bundle.WEIGHTS, bundle.GOLDEN]
         if landmarks is not None:
-            np.savez_compressed(folder / bundle.MAP, **dict(landmarks))
+            np.savez_compressed(folder / bundle.MAP, allow_pickle=False, **landmarks)
             files.append(bundle.MAP)
         manifest = {
             **facts,
