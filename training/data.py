@@ -1,6 +1,7 @@
 """Rows with missing modalities -> batches; pairing by row or by class."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.bundle import DataSource
-from model.modality import Modality, VectorModality
+from model.modality import Modality
 from training.config import Config, Data
+from training.learning import learn
 from training.sources import UNKNOWN, DataError, Split, Table, read_table
 
 __all__ = ["Batch", "DataError", "Dataset", "load"]
+
+_COUNTED = 4096  # rows at a time
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Dataset:
     """The rows of one split, in memory. ``load`` makes it.
 
     Attributes:
-        modalities: as configured, the statistics of vectors filled in.
+        modalities: as configured, what the training rows tell filled in.
         class_names: in the order of the label numbers. None: the data names no classes.
         sources: what was read.
     """
@@ -46,9 +50,11 @@ class Dataset:
         self.sources: list[DataSource] = [table.facts for table in tables]
         self._tables = tables
         self._rows_per_epoch = rows_per_epoch
-        self._table_of = {name: index for index, table in enumerate(tables) for name in table.arrays}
+        self._table_of = {name: index for index, table in enumerate(tables) for name in table.columns}
+        self._columns = {name: column for table in tables for name, column in table.columns.items()}
         self._partners = [_Partners(tables[0], table) for table in tables[1:]] if data.pairing == "class" else []
-        self._free = {name: _free_characters(tables[self._table_of[name]].arrays[name]) for name in data.random_offset}
+        self._free = {name: _free_characters(self._columns[name].values) for name in data.random_offset}
+        self._several = [m.name for m in self.modalities if self._columns[m.name].starts is not None]
         if rows_per_epoch is not None and rows_per_epoch > len(self):
             raise DataError(f"{self.sources[0].file}: has {len(self)} rows, data.rows_per_epoch is {rows_per_epoch}. Lower it")
 
@@ -66,7 +72,8 @@ class Dataset:
         """The batches of one epoch from step ``start`` on.
 
         A pure function of its arguments: step k is the same batch whether or not the steps before it were taken, so that a
-        resumed run goes on exactly. Each epoch draws anew the order (``shuffle``), the partners and the offsets of texts.
+        resumed run goes on exactly. Each epoch draws anew the order (``shuffle``), the partners, the offsets of texts, and one
+        of several texts of a row; without ``shuffle`` that is the first one.
 
         Args:
             epoch, seed: 0 and above.
@@ -77,28 +84,53 @@ class Dataset:
         rows = np.arange(len(self))
         if shuffle:
             rows = _generator(seed, epoch, 0).permutation(rows)[: self._rows_per_epoch]
-        columns = [rows]  # for each table, the row that each position of the epoch takes
+        taken = [rows]  # for each table, the row that each position of the epoch takes
         for stream, partners in enumerate(self._partners, start=1):
-            columns.append(partners.draw(rows, _generator(seed, epoch, stream)))
+            taken.append(partners.draw(rows, _generator(seed, epoch, stream)))
+        places = {name: taken[table] for name, table in self._table_of.items()}  # of each modality's values
+        for stream, name in enumerate(self._several, start=len(taken) + len(self._free)):
+            starts, generator = self._starts(name), _generator(seed, epoch, stream)
+            first, last = starts[places[name]], starts[places[name] + 1]
+            places[name] = generator.integers(first, last) if shuffle else first
         offsets = {}
-        for stream, (name, free) in enumerate(self._free.items(), start=len(columns)):
-            offsets[name] = _generator(seed, epoch, stream).integers(0, free[columns[self._table_of[name]]] + 1)
+        for stream, (name, free) in enumerate(self._free.items(), start=len(taken)):
+            offsets[name] = _generator(seed, epoch, stream).integers(0, free[places[name]] + 1)
         for step in range(start, steps):
             part = slice(step * batch_size, (step + 1) * batch_size)
-            yield self._batch([column[part] for column in columns], {name: offset[part] for name, offset in offsets.items()})
+            yield self._batch(
+                [rows[part] for rows in taken],
+                {name: place[part] for name, place in places.items()},
+                {name: offset[part] for name, offset in offsets.items()},
+            )
 
-    def _batch(self, rows: list[NDArray[np.int64]], offsets: dict[str, NDArray[np.int64]]) -> Batch:
+    def subsets(self) -> dict[tuple[str, ...], int]:
+        """How many rows have which modalities, the most frequent first. Partners of a class are those that evaluation takes."""
+        counts: Counter[tuple[str, ...]] = Counter()
+        names = [m.name for m in self.modalities]
+        for batch in self.batches(0, _COUNTED, 0, shuffle=False):
+            masks, found = np.unique(batch.present.numpy(), axis=0, return_counts=True)
+            for mask, count in zip(masks, found.tolist(), strict=True):
+                counts[tuple(name for name, bit in zip(names, mask, strict=True) if bit)] += count
+        return dict(counts.most_common())
+
+    def _starts(self, name: str) -> NDArray[np.int64]:
+        starts = self._columns[name].starts
+        assert starts is not None
+        return starts
+
+    def _batch(
+        self, rows: list[NDArray[np.int64]], places: dict[str, NDArray[np.int64]], offsets: dict[str, NDArray[np.int64]]
+    ) -> Batch:
         arrays, present = {}, []
         for modality in self.modalities:
-            index = self._table_of[modality.name]
-            table, chosen = self._tables[index], rows[index]
-            values = table.arrays[modality.name][chosen]
+            column = self._columns[modality.name]
+            values = column.values[places[modality.name]]
             if modality.name in offsets:
                 values = _shift(values, offsets[modality.name])
             if values.dtype == np.uint8:  # in NumPy: torch would wake its threads for a millisecond of work, and wait for them
                 values = np.divide(values, np.float32(255), dtype=np.float32)
             arrays[modality.name] = torch.from_numpy(values)
-            present.append(torch.from_numpy(table.present[modality.name][chosen]))
+            present.append(torch.from_numpy(column.present[rows[self._table_of[modality.name]]]))
         labels = self._tables[0].labels
         return Batch(arrays, torch.stack(present, dim=1), None if labels is None else torch.from_numpy(labels[rows[0]]))
 
@@ -113,29 +145,27 @@ def load(config: Config, split: Split, folder: Path | None = None) -> Dataset:
         DataError: anything that keeps the rows from being trained on; see ``sources.read_table``.
     """
     folder = folder or Path(os.environ.get("CONCORD_DATA") or config.data.folder)
-    modalities = _with_statistics(config, folder)
-    tables = [read_table(source, split, modalities, folder, config.data.class_names) for source in config.data.sources]
-    return Dataset(tables, list(modalities.values()), config.data, config.data.rows_per_epoch if split == "train" else None)
+    modalities, class_names = learn(config, folder)
+    tables = [
+        read_table(source, split, modalities, folder, class_names, config.data.bad_values) for source in config.data.sources
+    ]
+    found = Dataset(tables, list(modalities.values()), config.data, config.data.rows_per_epoch if split == "train" else None)
+    if split == "train":
+        _refuse_nothing_to_align(found)
+    return found
 
 
-def _with_statistics(config: Config, folder: Path) -> dict[str, Modality]:
-    """The modalities by name; vectors that lack mean or standard deviation get those of the training rows, for either split."""
-    modalities: dict[str, Modality] = {m.name: m for m in config.modalities}
-    for source in config.data.sources:
-        for name in source.columns:
-            vector = modalities[name]
-            if not isinstance(vector, VectorModality) or (vector.mean is not None and vector.std is not None):
-                continue
-            raw = vector.model_copy(update={"mean": None, "std": None})
-            table = read_table(source, "train", {**modalities, name: raw}, folder, config.data.class_names)
-            values = table.arrays[name][table.present[name]].astype(np.float64)
-            if len(values) == 0:
-                raise DataError(f"{table.facts.file}: no row holds {name}: give it a mean and a std, or leave the modality out")
-            std = values.std(axis=0)
-            found = {"mean": tuple(values.mean(axis=0).tolist()), "std": tuple(np.where(std > 0, std, 1.0).tolist())}
-            given = {key: value for key in found if (value := getattr(vector, key)) is not None}
-            modalities[name] = vector.model_copy(update={**found, **given})
-    return modalities
+def _refuse_nothing_to_align(data: Dataset) -> None:
+    file = data.sources[0].file
+    subsets = data.subsets()
+    absent = [m.name for m in data.modalities if not any(m.name in subset for subset in subsets)]
+    if absent:
+        raise DataError(f"{file}: no training row holds {', '.join(absent)}: name another column, or leave the modality out")
+    if not any(len(subset) > 1 for subset in subsets):
+        raise DataError(
+            f"{file}: no training row holds two modalities, so nothing tells which belong together. Join the rows that do, or "
+            'pair them by a class they share: data.pairing = "class"'
+        )
 
 
 class _Partners:

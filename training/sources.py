@@ -1,32 +1,40 @@
-"""One source of rows, opened with the ``datasets`` library and decoded into arrays by the codec that serving uses."""
+"""One source of rows, opened with the ``datasets`` library: its splits, its columns, its labels."""
 
-import functools
 import glob
 import hashlib
 import logging
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
-from jaxtyping import Bool, Int64, Shaped
+import pyarrow.parquet
+from jaxtyping import Int64
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
-from model import codec
 from model.bundle import DataSource
-from model.modality import ImageModality, Modality, TextModality
+from model.modality import Modality
+from training.columns import UNKNOWN, Column, Rows, columns_of, decode
 from training.config import Place, Source
 
+__all__ = [
+    "UNKNOWN",
+    "Column",
+    "DataError",
+    "Rows",
+    "Split",
+    "Table",
+    "judge",
+    "names_of",
+    "open_rows",
+    "read_labels",
+    "read_table",
+]
+
 Split = Literal["train", "test"]
-UNKNOWN = -1
-"""Label of a row whose class nobody told."""
-_CHUNK = 1024
+_SHOWN = 5  # bad values, in a message
 _log = logging.getLogger(__name__)
 
 
@@ -38,9 +46,8 @@ class DataError(Exception):
 class Table:
     """The decoded rows of one source."""
 
-    arrays: Mapping[str, Shaped[np.ndarray, "row ..."]]
-    """By modality: images as uint8 in [0, 255], others in the modality's dtype; zeros where absent."""
-    present: Mapping[str, Bool[np.ndarray, " row"]]
+    columns: Mapping[str, Column]
+    """By modality."""
     labels: Int64[np.ndarray, " row"] | None
     """Class numbers, ``UNKNOWN`` where the column holds none. None: the source names no label column."""
     class_names: tuple[str, ...] | None
@@ -51,7 +58,12 @@ class Table:
 
 
 def read_table(
-    source: Source, split: Split, modalities: Mapping[str, Modality], folder: Path, class_names: tuple[str, ...] | None = None
+    source: Source,
+    split: Split,
+    modalities: Mapping[str, Modality],
+    folder: Path,
+    class_names: tuple[str, ...] | None = None,
+    bad_values: Literal["fail", "absent"] = "fail",
 ) -> Table:
     """Read one split of a source and decode every row.
 
@@ -59,31 +71,102 @@ def read_table(
         modalities: by name, at least those of ``source.columns``.
         folder: where paths start.
         class_names: stand for the names that the label column gives.
+        bad_values: what to do of values that cannot be read, and of rows that then have nothing. ``absent`` warns of both.
 
     Raises:
-        DataError: the source is missing, empty or damaged, lacks a column, has labels that are no class numbers, a value that
-            is none of its modality, or a row with no modality at all.
+        DataError: the source is missing, empty or damaged, lacks a column, has labels that are no classes, a value that is
+            none of its modality, or a row with no modality at all.
     """
-    place = source.train if split == "train" else source.test
+    rows = open_rows(source, split, folder)
+    labels, names = read_labels(rows, source.label, class_names) if source.label else (None, None)
+    decoded = {}
+    for name, columns in source.columns.items():
+        own = names if columns == source.label else names_of(rows, columns)
+        most = _SHOWN if bad_values == "fail" else None
+        decoded[name] = decode(rows, columns_of(columns), modalities[name], own, most)
+        judge(rows, name, columns, decoded[name], bad_values)
+    filled = np.any([column.present for column in decoded.values()], axis=0)
+    kept = None
+    if not filled.all():
+        empty = rows.numbers[~filled]
+        told = f"{rows.file}: {empty.size} rows hold no modality at all, the first are {empty[:5].tolist()}"
+        if bad_values == "fail":
+            raise DataError(f'{told}. Remove them, or say bad_values = "absent" under [data]')
+        _log.warning("%s: they are left out", told)
+        kept = np.flatnonzero(filled)
+    digest = _sha256(source, split, folder, [part for c in decoded.values() for part in (c.values, c.present)])
+    facts = DataSource(file=rows.file, sha256=digest, rows=int(filled.sum()), licence=source.licence)
+    return Table(
+        {name: _kept(column, kept) for name, column in decoded.items()},
+        labels if labels is None or kept is None else labels[kept],
+        names,
+        facts,
+    )
+
+
+def open_rows(source: Source, split: Split, folder: Path) -> Rows:
+    """The rows of one split, with the columns that the source names.
+
+    Raises:
+        DataError: see ``read_table``.
+    """
+    place = source.train if split == "train" or source.test is None else source.test
     file = _title(place)
-    rows = _open(place, folder)
-    wanted = [*source.columns.values(), *([source.label] if source.label else [])]
-    if lacking := sorted(set(wanted) - set(rows.column_names)):
-        raise DataError(f"{file}: no column {lacking}. Its columns are {rows.column_names}")
-    labels, names = _read_labels(rows, source.label, class_names, file) if source.label else (None, None)
-    arrays, present = {}, {}
-    for name, column in source.columns.items():
-        words = names
-        if column != source.label:
-            is_class = isinstance(rows.features[column], datasets.ClassLabel)
-            words = _read_labels(rows, column, None, file)[1] if is_class else None
-        arrays[name], present[name] = _decode_column(rows, column, modalities[name], words, file)
-    empty = np.flatnonzero(~np.any(list(present.values()), axis=0))
-    if empty.size:
-        raise DataError(f"{file}: {empty.size} rows hold no modality at all, the first are {empty[:5].tolist()}. Remove them")
-    digest = _sha256(place, folder, [*arrays.values(), *present.values(), *([] if labels is None else [labels])])
-    facts = DataSource(file=file, sha256=digest, rows=len(rows), licence=source.licence)
-    return Table(arrays, present, labels, names, facts)
+    table = _open(place, folder)
+    columns = [column for named in source.columns.values() for column in columns_of(named)]
+    wanted = [*columns, *(column for column in (source.label, source.split) if column)]
+    if lacking := sorted(set(wanted) - set(table.column_names)):
+        raise DataError(f"{file}: no column {lacking}. Its columns are {table.column_names}")
+    numbers = np.arange(len(table))
+    if source.split:
+        told = np.array(table.select_columns([source.split]).with_format("arrow")[:].column(source.split).to_pylist(), object)
+        numbers = np.flatnonzero(told == split)
+        if split == "train" and (others := sorted({str(value) for value in told} - {"train", "test"})):
+            count = len(table) - int(np.isin(told, ["train", "test"]).sum())
+            _log.warning("%s: %d rows are of neither split: column %r says %s of them", file, count, source.split, others[:5])
+        if not len(numbers):
+            raise DataError(f"{file}: no row is of split {split!r}: column {source.split!r} must say train or test of each row")
+    elif source.held_out:
+        order = np.random.default_rng(0).permutation(len(table))
+        tested = max(1, round(source.held_out * len(table)))
+        numbers = np.sort(order[:tested] if split == "test" else order[tested:])
+        if not len(numbers):
+            raise DataError(f"{file}: has {len(table)} rows, too few to hold some out. Name a file under test instead")
+    return Rows(file, table if len(numbers) == len(table) else table.select(numbers), numbers)
+
+
+def names_of(rows: Rows, columns: str | tuple[str, ...]) -> tuple[str, ...] | None:
+    """Names of the classes, where the column holds class numbers."""
+    feature = rows.table.features[columns_of(columns)[0]]
+    return read_labels(rows, columns_of(columns)[0], None)[1] if isinstance(feature, datasets.ClassLabel) else None
+
+
+def judge(rows: Rows, name: str, columns: str | tuple[str, ...], column: Column, bad_values: Literal["fail", "absent"]) -> None:
+    """Warn of what counts as absent and was there.
+
+    Raises:
+        DataError: values that cannot be read, unless ``bad_values`` is ``absent``.
+    """
+    told = ", ".join(map(repr, columns_of(columns)))
+    if column.blank:
+        _log.warning("%s: column %s is blank in %d rows: they count as absent", rows.file, told, column.blank)
+    if not column.faults:
+        return
+    shown = "; ".join(f"row {row}: column {told} holds no {name}: {reason}" for row, reason in column.faults[:_SHOWN])
+    if bad_values == "fail":
+        remedy = 'Repair or remove the row, or say bad_values = "absent" under [data]; null marks an absent modality'
+        raise DataError(f"{rows.file}: {shown}. {remedy}")
+    _log.warning("%s: %d values count as absent: %s", rows.file, len(column.faults), shown)
+
+
+def _kept(column: Column, rows: NDArray[np.int64] | None) -> Column:
+    if rows is None:
+        return column
+    if column.starts is None:
+        return Column(column.values[rows], column.present[rows])
+    counts = np.diff(column.starts)[rows]
+    values = np.concatenate([np.arange(column.starts[row], column.starts[row + 1]) for row in rows])
+    return Column(column.values[values], column.present[rows], np.concatenate([[0], np.cumsum(counts)]))
 
 
 def _title(place: Place) -> str:
@@ -105,6 +188,7 @@ def _open(place: Place, folder: Path) -> datasets.Dataset:
             files = {"rows": f"{glob.escape(str(path))}/**"}
             arguments: dict[str, Any] = {"path": "imagefolder", "data_files": files, "drop_labels": False, "split": "rows"}
         elif path.suffix == ".parquet":
+            _refuse_repeated_names(path)
             arguments = {"path": "parquet", "data_files": {"rows": glob.escape(str(path))}, "split": "rows"}
         else:
             raise DataError(f"{path}: a source is a .parquet file or a folder with one folder of images a class")
@@ -119,74 +203,55 @@ def _open(place: Place, folder: Path) -> datasets.Dataset:
         raise DataError(f"{_title(place)}: cannot be opened ({type(cause).__name__}: {cause}). {remedy}") from error
 
 
-def _read_labels(
-    rows: datasets.Dataset, column: str, class_names: tuple[str, ...] | None, file: str
+def _refuse_repeated_names(path: Path) -> None:
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+    except Exception:  # told in a moment, when the file is opened
+        return
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path}: several columns are named {twice}. Rename all but one of each")
+
+
+def read_labels(
+    rows: Rows, column: str, class_names: tuple[str, ...] | None
 ) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
-    feature = rows.features[column]
-    if not (isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))):
-        raise DataError(f"{file}: the label column {column!r} holds {feature}. Labels are a ClassLabel or integers from 0")
-    labels = rows.select_columns([column]).with_format("arrow")[:].column(column).fill_null(UNKNOWN).to_numpy().astype(np.int64)
+    """Class numbers, ``UNKNOWN`` where nobody told, and the classes' names.
+
+    A column of strings takes its numbers from ``class_names``, else from its own strings in alphabetical order.
+
+    Raises:
+        DataError: no labels, or numbers that are no class.
+    """
+    feature, file = rows.table.features[column], rows.file
+    dtype = str(getattr(feature, "dtype", ""))
+    if isinstance(feature, datasets.Value) and dtype in ("string", "large_string"):
+        told = [value.strip() if value and value.strip() else None for value in rows.values([column])]
+        names = class_names or tuple(sorted({name for name in told if name is not None}))
+        numbers = {name: number for number, name in enumerate(names)}
+        return np.array([UNKNOWN if name is None else numbers.get(name, UNKNOWN) for name in told]), names
+    if not (isinstance(feature, datasets.ClassLabel) or dtype.startswith(("int", "uint"))):
+        raise DataError(
+            f"{file}: the label column {column!r} holds {feature}. Labels are a ClassLabel, strings or whole numbers"
+        )
+    selected = rows.table.select_columns([column]).with_format("arrow")[:].column(column)
+    labels = selected.fill_null(UNKNOWN).to_numpy().astype(np.int64)
     own = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     if class_names is not None and own is not None and len(own) != len(class_names):
         raise DataError(f"{file}: {column!r} has {len(own)} classes, data.class_names names {len(class_names)}")
-    names = class_names or own
+    names = class_names or own or ()
     wrong = np.flatnonzero((labels < UNKNOWN) | (labels >= (len(names) if names else np.inf)))
     if wrong.size:
         allowed = f"0 to {len(names) - 1}" if names else "0 and above"
         raise DataError(
-            f"{file}: row {wrong[0]}, label {labels[wrong[0]]}: class numbers are {allowed}, {UNKNOWN} or null where unknown"
+            f"{file}: row {rows.numbers[wrong[0]]}, label {labels[wrong[0]]}: class numbers are {allowed}, {UNKNOWN} or null "
+            "where unknown"
         )
-    return labels, names
+    return labels, names or None
 
 
-def _decode_column(
-    rows: datasets.Dataset, column: str, modality: Modality, names: tuple[str, ...] | None, file: str
-) -> tuple[Shaped[np.ndarray, "row ..."], Bool[np.ndarray, " row"]]:
-    values = np.zeros((len(rows), *modality.shape), np.uint8 if isinstance(modality, ImageModality) else modality.dtype)
-    present = np.zeros(len(rows), dtype=bool)
-    decode = _decoder(modality, names)
-    began = time.monotonic()
-    chunks = rows.select_columns([column]).with_format("arrow").iter(_CHUNK)
-    terminal = Console(stderr=True)
-    steps = track(chunks, f"{file} {column}", -(-len(rows) // _CHUNK), console=terminal, disable=not sys.stderr.isatty())
-    for step, chunk in enumerate(steps):
-        for row, value in enumerate(chunk.column(column).to_pylist(), start=step * _CHUNK):
-            if value is None or (names and value == UNKNOWN):
-                continue
-            try:
-                values[row] = decode(value)
-            except (codec.CodecError, OSError) as error:
-                raise DataError(
-                    f"{file}: row {row}: column {column!r} holds no {modality.name}: {error}. "
-                    "Repair or remove the row; null marks an absent modality"
-                ) from error
-            present[row] = True
-    _log.info("read %d rows of %s %s in %.1f s", len(rows), file, column, time.monotonic() - began)
-    return values, present
-
-
-def _decoder(modality: Modality, names: tuple[str, ...] | None) -> Callable[[Any], NDArray[Any]]:
-    if isinstance(modality, ImageModality):
-        return lambda value: np.rint(codec.decode_bytes(modality, _image_bytes(value)) * 255)
-    if isinstance(modality, TextModality) and names:
-        return lambda value: codec.decode(modality, names[value])
-    return functools.partial(codec.decode, modality)
-
-
-def _image_bytes(value: object) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return bytes(value["bytes"])
-    if isinstance(value, dict) and isinstance(value.get("path"), str):  # a folder of images
-        return Path(value["path"]).read_bytes()
-    raise codec.CodecError(
-        "wrong_type", f"an image column holds image files as {{bytes, path}}, received {type(value).__name__}"
-    )
-
-
-def _sha256(place: Place, folder: Path, content: list[NDArray[Any]]) -> str:
+def _sha256(source: Source, split: Split, folder: Path, content: list[NDArray[Any]]) -> str:
     """Of the file; of the decoded arrays where the source is no single file."""
+    place = source.train if split == "train" or source.test is None else source.test
     if isinstance(place, str) and (folder / place).is_file():
         with (folder / place).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

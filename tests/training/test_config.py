@@ -86,7 +86,7 @@ def test_a_source_may_stand_on_the_hub() -> None:
         ),
         ('"row"', '"rows"', r"data\.pairing: Input should be 'row' or 'class', received 'rows'"),
         ('pairing = "row"', "", r"data\.pairing: Field required"),
-        ("channels = 1", "channels = 2", r"modalities\[0\]\.channels: Input should be 1 or 3, received 2"),
+        ("channels = 1", "channels = 0", r"modalities\[0\]\.channels: Input should be greater than or equal to 1, received 0"),
         ('kind = "text"', 'kind = "txt"', r"modalities\[1\]: .*'txt'.*'image', 'text', 'vector', 'binary'"),
         ('" abc"', '" aa"', r"modalities\[1\]: the alphabet names a character twice"),
         ('name = "word"', 'name = "digit"', r"\[\[modalities\]\] names one twice: \['digit', 'digit'\]"),

@@ -215,7 +215,7 @@ def test_rows_stay_together_and_nulls_are_absent(tmp_path: Path) -> None:
 
 
 def test_rows_need_no_labels(tmp_path: Path) -> None:
-    rows = by_row(tmp_path, {"one": [[1.0, 0.0]], "two": [None], "text": ["a"]})
+    rows = by_row(tmp_path, {"one": [[1.0, 0.0]], "two": [[2.0, 0.0]], "text": ["a"]})
     assert next(rows.batches(0, 1, 0)).labels is None
     assert rows.class_names is None
 

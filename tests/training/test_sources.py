@@ -64,12 +64,12 @@ def test_values_of_every_kind(tmp_path: Path) -> None:
         {"image": datasets.Image(), "flags": datasets.List(datasets.Value("int8"))},
     )
     assert len(table) == 2
-    assert table.arrays["shade"].dtype == np.uint8
-    assert table.arrays["shade"].tolist() == [[[[51, 51], [51, 51]]], [[[255, 255], [255, 255]]]]
-    assert table.arrays["word"].tolist() == [[1, 2, 0, 0], [4, 1, 4, 0]]
-    assert table.arrays["signal"].tolist() == [[0.5, -1.0], [2.0, 3.0]]
-    assert table.arrays["marks"].tolist() == [[0, 1], [1, 1]]
-    assert all(present.all() for present in table.present.values())
+    assert table.columns["shade"].values.dtype == np.uint8
+    assert table.columns["shade"].values.tolist() == [[[[51, 51], [51, 51]]], [[[255, 255], [255, 255]]]]
+    assert table.columns["word"].values.tolist() == [[1, 2, 0, 0], [4, 1, 4, 0]]
+    assert table.columns["signal"].values.tolist() == [[0.5, -1.0], [2.0, 3.0]]
+    assert table.columns["marks"].values.tolist() == [[0, 1], [1, 1]]
+    assert all(column.present.all() for column in table.columns.values())
     assert table.labels is None
     assert table.class_names is None
 
@@ -78,16 +78,16 @@ def test_images_are_stored_without_loss(tmp_path: Path) -> None:
     """All 256 levels come back; serving divides the same number by 255."""
     everything = np.arange(256, dtype=np.uint8).reshape(64, 2, 2)
     rows = {"image": [{"bytes": png_of(level), "path": None} for level in everything]}
-    assert np.array_equal(read(tmp_path, rows, {"shade": "image"}).arrays["shade"][:, 0], everything)
+    assert np.array_equal(read(tmp_path, rows, {"shade": "image"}).columns["shade"].values[:, 0], everything)
 
 
 def test_null_is_an_absent_modality(tmp_path: Path) -> None:
     rows = {"text": ["ab", None, "d"], "numbers": [None, [1.0, 2.0], [3.0, 4.0]]}
     table = read(tmp_path, rows, {"word": "text", "signal": "numbers"})
-    assert table.present["word"].tolist() == [True, False, True]
-    assert table.present["signal"].tolist() == [False, True, True]
-    assert table.arrays["word"][1].tolist() == [0, 0, 0, 0]
-    assert table.arrays["signal"][0].tolist() == [0, 0]
+    assert table.columns["word"].present.tolist() == [True, False, True]
+    assert table.columns["signal"].present.tolist() == [False, True, True]
+    assert table.columns["word"].values[1].tolist() == [0, 0, 0, 0]
+    assert table.columns["signal"].values[0].tolist() == [0, 0]
 
 
 def test_a_text_takes_the_name_of_a_class(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_a_text_takes_the_name_of_a_class(tmp_path: Path) -> None:
         {"kind": CLASSES},
         label="kind",
     )
-    assert table.arrays["word"].tolist() == [[2, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    assert table.present["word"].tolist() == [True, True, False]  # an unknown class has no name
+    assert table.columns["word"].values.tolist() == [[2, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert table.columns["word"].present.tolist() == [True, True, False]  # an unknown class has no name
     assert table.labels is not None
     assert table.labels.tolist() == [1, 0, -1]
     assert table.class_names == ("a", "bb")
@@ -108,7 +108,7 @@ def test_a_text_takes_the_name_of_a_class(tmp_path: Path) -> None:
 def test_a_class_other_than_the_label_has_its_own_names(tmp_path: Path) -> None:
     rows = {"kind": [1, 0], "colour": [0, 1]}
     table = read(tmp_path, rows, {"word": "colour"}, {"colour": CLASSES}, label="kind", class_names=("c", "d"))
-    assert table.arrays["word"][:, 0].tolist() == [1, 2]
+    assert table.columns["word"].values[:, 0].tolist() == [1, 2]
     rows["colour"] = [0, -2]
     with pytest.raises(DataError, match="row 1, label -2"):
         read(tmp_path, rows, {"word": "colour"}, {"colour": CLASSES}, label="kind")
@@ -117,7 +117,7 @@ def test_a_class_other_than_the_label_has_its_own_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("feature", [CLASSES, datasets.Value("int32")], ids=["ClassLabel", "integers"])
 def test_configured_class_names_stand_for_those_of_the_column(tmp_path: Path, feature: Any) -> None:
     table = read(tmp_path, {"kind": [1, 0]}, {"word": "kind"}, {"kind": feature}, label="kind", class_names=("d", "c"))
-    assert table.arrays["word"][:, 0].tolist() == [3, 4]
+    assert table.columns["word"].values[:, 0].tolist() == [3, 4]
     assert table.class_names == ("d", "c")
 
 
@@ -147,7 +147,7 @@ def test_rows_keep_their_place_over_many_chunks(tmp_path: Path) -> None:
         read(tmp_path, {"numbers": numbers}, {"signal": "numbers"})
     numbers[2000] = [2000.0, 0.0]
     table = read(tmp_path, {"numbers": numbers}, {"signal": "numbers"})
-    assert np.array_equal(table.arrays["signal"][:, 0], np.arange(2500))
+    assert np.array_equal(table.columns["signal"].values[:, 0], np.arange(2500))
 
 
 def image_folder(path: Path) -> Source:
@@ -163,7 +163,7 @@ def test_a_folder_of_images_a_class(tmp_path: Path) -> None:
     table = read_table(source, "train", MODALITIES, tmp_path)
     assert table.labels is not None
     assert table.class_names == ("cat", "test")
-    levels = table.arrays["shade"][:, 0, 0, 0]
+    levels = table.columns["shade"].values[:, 0, 0, 0]
     assert sorted(zip(table.labels.tolist(), levels.tolist(), strict=True)) == [(0, 10), (0, 11), (1, 20), (1, 21)]
 
 
@@ -215,7 +215,7 @@ def test_local_files_are_read_without_a_word_to_anyone(tmp_path: Path, monkeypat
             None,
             r"row 1: column 'text' holds no word: characters outside.*'e', 'x'.*null",
         ),
-        ({"text": [["a"], ["b"]]}, {"word": "text"}, {}, None, r"row 0: column 'text' holds no word: a text is a string"),
+        ({"text": [1, 2]}, {"word": "text"}, {}, None, r"row 0: column 'text' holds no word: a text is a string"),
         (
             {"text": ["a", None, None]},
             {"word": "text"},
@@ -230,11 +230,11 @@ def test_local_files_are_read_without_a_word_to_anyone(tmp_path: Path, monkeypat
         ({"numbers": [[1.0, float("nan")]]}, {"signal": "numbers"}, {}, None, r"row 0: .*number 1 is not finite"),
         ({"flags": [[0, 2]]}, {"marks": "flags"}, {}, None, r"row 0: .*red must be 0, 1"),
         (
-            {"text": ["a"]},
+            {"text": ["a"], "kind": [0.5]},
             {"word": "text"},
             {},
-            "text",
-            r"the label column 'text' holds Value\('string'\)\. Labels are a ClassLabel or",
+            "kind",
+            r"the label column 'kind' holds Value\('float64'\)\. Labels are a ClassLabel, strings or",
         ),
         ({"text": ["a"], "kind": [-2]}, {"word": "text"}, {}, "kind", r"row 0, label -2: class numbers are 0 and above"),
     ],
