@@ -63,8 +63,11 @@ def text_from_array(modality: TextModality, array: Float32[np.ndarray, "length t
     """The likeliest text, token by token, from log-probabilities."""
     if modality.unknown_token is not None:
         array = np.where(np.arange(modality.categories) == modality.unknown_token, -np.inf, array)
-    likeliest = array.argmax(axis=-1).tolist()
+    return text_from_tokens(modality, array.argmax(axis=-1))
+
+
+def text_from_tokens(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> str:
+    """The text of token ids. Words that have no token of their own are missing from it."""
     if modality.unit == "word":
-        return " ".join(modality.vocabulary[token - FIRST_WORD] for token in likeliest if token)
-    pad = modality.alphabet[0]
-    return "".join(modality.alphabet[token] for token in likeliest).strip(pad)
+        return " ".join(modality.vocabulary[token - FIRST_WORD] for token in tokens.tolist() if token >= FIRST_WORD)
+    return "".join(modality.alphabet[token] for token in tokens.tolist()).strip(modality.alphabet[0])

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from model import codec
 from model.bundle import GOLDEN, MAP, Bundle
-from model.modality import Modality
+from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality
+from model.text import text_from_tokens
 
 MOST_SAMPLES = 16
 _RIDGE = 1e-3
@@ -32,7 +33,7 @@ def describe(bundle: Bundle) -> bytes:
     return orjson.dumps(
         {
             "samples": [
-                {m.name: _wire(m, golden, row) for m in bundle.manifest.modalities}
+                {m.name: _wire(m, golden[f"input.{m.name}"][row]) for m in bundle.manifest.modalities}
                 for row in range(min(len(golden["present"]), MOST_SAMPLES))
             ],
             "map": {
@@ -73,14 +74,13 @@ def _arrays(bundle: Bundle, name: str) -> dict[str, NDArray[Any]]:
         return {key: archive[key] for key in archive.files}
 
 
-def _wire(modality: Modality, golden: dict[str, NDArray[Any]], row: int) -> Any:
-    """The value of one row as a call takes it. What decoders make of tokens is probabilities: those of the tokens are 1."""
-    array = golden[f"input.{modality.name}"][row]
-    if modality.kind == "text":
-        array = np.eye(golden[f"value.{modality.name}"].shape[-1], dtype=np.float32)[array]
+def _wire(modality: Modality, array: NDArray[Any]) -> Any:
+    """The value of one row as a call takes it."""
+    if isinstance(modality, TextModality):
+        return text_from_tokens(modality, array)
+    if isinstance(modality, CategoricalModality):
+        return modality.classes[int(array[0])]
     value = codec.encode(modality, array)
-    if modality.kind == "image":
+    if isinstance(modality, ImageModality):
         return {name: value[name] for name in ("media_type", "data", "shape", "dtype") if name in value}
-    if modality.kind == "text":
-        return value["text"]
-    return {name: p > 0.5 for name, p in value["data"].items()} if modality.kind == "binary" else value["data"]
+    return {name: p > 0.5 for name, p in value["data"].items()} if isinstance(modality, BinaryModality) else value["data"]

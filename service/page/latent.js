@@ -3,7 +3,8 @@
 import { drawn } from "./dom.js";
 
 const SIZE = 340;
-const REACH = 1.15; // of the landmarks' extent
+const REACH = 1.1; // of the farthest that is to be seen
+const PRIOR = 1.7; // standard deviations of it that are
 
 export class LatentMap {
   /** @param map {centre, plane, points, labels}: see the service's samples. */
@@ -12,7 +13,7 @@ export class LatentMap {
     this.plane = plane;
     const [x, y] = this.project(centre.map(() => 0)); // where the prior is
     const reaches = points.map((point) => Math.max(...point.map(Math.abs))).sort((a, b) => a - b);
-    const most = Math.max(reaches[Math.floor(0.99 * (reaches.length - 1))] ?? 0, Math.abs(x) + 1, Math.abs(y) + 1);
+    const most = Math.max(reaches[Math.floor(0.99 * (reaches.length - 1))] ?? 0, Math.abs(x) + PRIOR, Math.abs(y) + PRIOR);
     this.scale = SIZE / 2 / (REACH * most);
     this.posteriors = drawn("g");
     this.figure = drawn("svg", { viewBox: `${-SIZE / 2} ${-SIZE / 2} ${SIZE} ${SIZE}`, class: "latent", role: "img" },

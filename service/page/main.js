@@ -14,6 +14,7 @@ const MOST_SAMPLES = 8;
 const READY_MS = 15_000;
 const FRAME_MS = 120;
 const MOST_KEPT = 256;
+let page = null;
 const at = (id) => document.getElementById(id);
 
 /** One run at a time; asked while it runs, it runs once more after. `busy` is told when it begins and ends. */
@@ -35,6 +36,7 @@ function latest(run, busy) {
   };
 }
 
+/** What is shown of one model, until it is left for another. */
 class Page {
   constructor(model, several, { samples, map }) {
     this.model = model;
@@ -65,6 +67,12 @@ class Page {
     at("page").hidden = false;
     if (starts.length) this.start(starts[0]);
     else this.run();
+  }
+
+  leave() {
+    this.left = true;
+    this.playing = false;
+    clearTimeout(this.retry);
   }
 
   async start({ give, noise, compare, steps }) {
@@ -120,10 +128,10 @@ class Page {
     this.program.show(bodies);
     try {
       const [embedded, generated] = await Promise.all([this.once("embed", bodies.embed), this.once("cross-generate", bodies["cross-generate"])]);
-      this.show(bodies, embedded, generated);
+      if (!this.left) this.show(bodies, embedded, generated);
     } catch (refusal) {
       if (!(refusal instanceof Refusal)) throw refusal;
-      this.refuse(refusal);
+      if (!this.left) this.refuse(refusal);
     }
     return undefined;
   }
@@ -223,7 +231,9 @@ async function readiness() {
 async function serve(model, several) {
   const id = `${model.id}@${model.version}`;
   at("state").dataset.ready = `${id} · ${model.modalities.length} modalities · ${model.latent} dimensions`;
-  new Page(model, several, (await get(`page/samples/${encodeURIComponent(id)}`)).body);
+  const shown = (await get(`page/samples/${encodeURIComponent(id)}`)).body;
+  page?.leave();
+  page = new Page(model, several, shown);
   await readiness();
 }
 

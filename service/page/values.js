@@ -7,9 +7,13 @@ const SHOWN_ATTRIBUTES = 12;
 
 export function show(modality, value, label) {
   if (modality.kind === "image") return picture(modality, value, label);
-  if ("text" in value) return element("p", { class: "said", title: label }, value.text || "(empty)");
-  if (Array.isArray(value.data)) return bars(value.data, label);
-  return typeof value.data === "object" ? probabilities(value.data) : element("p", { class: "said" }, String(value.data ?? value.class));
+  if (modality.kind === "text") return said(value.text, label);
+  if (modality.kind === "categorical") return said(value.class, label);
+  return modality.kind === "vector" ? bars(value.data, label) : probabilities(value.data);
+}
+
+function said(text, label) {
+  return element("p", { class: text ? "said" : "said hint", title: label }, text || "nothing");
 }
 
 /** Numbers around zero. */

@@ -16,7 +16,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from model import bundle
-from model.modality import BinaryModality, ImageModality, TextModality, VectorModality
+from model.modality import BinaryModality, CategoricalModality, ImageModality, TextModality, VectorModality
 from model.runtime import Runtime
 from tests.server import ROOT
 
@@ -123,7 +123,7 @@ def test_a_drawn_seven_speaks_for_the_rest(visit: Visit) -> None:
     assert item["refinement"]["steps"] == 3
     for modality in ("digit", "photo"):
         assert [one["data"] for one in item["generated"][modality]] == shown(page, modality)
-    assert [one["text"] or "(empty)" for one in item["generated"]["word"]] == shown(page, "word")
+    assert [one["text"] or "nothing" for one in item["generated"]["word"]] == shown(page, "word")
 
     page.get_by_role("button", name="python").click()
     ran = subprocess.run([sys.executable, "-c", copied(page)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
@@ -249,12 +249,12 @@ def of_all_kinds(
     modalities = (
         ImageModality(name="scan", channels=1, height=12, width=8, background="white"),
         ImageModality(name="view", channels=3, height=8, width=8, background="black"),
-        TextModality(name="caption", length=12, alphabet=" abcdefgh"),
-        TextModality(name="code", length=3, alphabet=" xyz"),
+        ImageModality(name="bands", channels=5, height=8, width=8),
+        TextModality(name="caption", length=6, unit="word", vocabulary=("a", "bird", "sings")),
         VectorModality(name="sensor", size=5, mean=(1.0,) * 5, std=(2.0,) * 5),
         VectorModality(name="features", size=70),
         BinaryModality(name="traits", attributes=("red", "round", "a/b ~c")),
-        BinaryModality(name="marks", attributes=tuple(f"mark {number}" for number in range(20))),
+        CategoricalModality(name="species", classes=("jay", "wren", "tit")),
     )
     vae = make_vae(modalities)
     path = tmp_path_factory.mktemp("kinds") / "kinds"
