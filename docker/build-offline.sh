@@ -9,7 +9,7 @@
 # What a machine has of its own comes from the environment:
 #   PIP_CONFIG   pip.conf for the index or mirror to use      CA_BUNDLE  certificates that the mirror's TLS needs
 #   WHEELS       folder of wheels, mounted at the same path   DEBIAN     mirror for debootstrap
-#   MOUNTS       for try: what to show read-only, as HOST:IMAGE words     TMPFS  for try: folders to write to in memory
+#   MOUNTS       for try: folders to show, as words HOST:IMAGE, or HOST:IMAGE:rw where the image may write (as user 65532)
 #   BUILDAH      buildah with options: 'buildah --storage-driver vfs' where overlay file systems cannot be mounted
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -56,8 +56,10 @@ try() {
     unshare --mount --propagation private bash -euc '
         root=$1; shift
         mount --bind "$root" "$root"
-        for pair in ${MOUNTS:-}; do mkdir -p "$root${pair#*:}" && mount --bind -o ro "${pair%%:*}" "$root${pair#*:}"; done
-        for folder in ${TMPFS:-}; do mkdir -p "$root$folder" && mount -t tmpfs -o mode=1777 tmpfs "$root$folder"; done
+        for folder in ${MOUNTS:-}; do
+            IFS=: read -r there here mode <<<"$folder"
+            mkdir -p "$root$here" && mount --bind -o "${mode:-ro}" "$there" "$root$here"
+        done
         mount -t devtmpfs -o ro devtmpfs "$root/dev" 2>/dev/null || mount --rbind /dev "$root/dev"
         mount -t proc proc "$root/proc"
         mount -o remount,bind,ro "$root"
