@@ -197,7 +197,7 @@ def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str
     return read(path)
 
 
-def _format(modalities: Iterable[Mapping[str, Any]]) -> int:
+def _format(modalities: Iterable[Mapping[str, Any] | Modality]) -> int:
     told = [TypeAdapter(Modality).validate_python(fields) for fields in modalities]
     return max(map(_oldest_format, told), default=1)
 
