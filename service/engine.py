@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 import traceback
 from collections import deque
@@ -20,6 +21,8 @@ __all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine
 BEAT_SECONDS = 0.5
 """The idle thread beats this often."""
 MIN_RETRY_MS = 50
+MEMORY = 0.95
+"""What is left of the last tick's weight when the next one is measured."""
 
 log = structlog.get_logger("concord")
 
@@ -56,6 +59,8 @@ class Engine:
     Args:
         runtime: the graphs.
         max_queue_items: items held, waiting or under way, at most. A request is taken whole or refused.
+        max_wait: seconds that the work held may take, as foreseen. While it takes longer nothing is accepted: who waits beyond
+            a deadline has cost what others needed.
         max_batch: rows in one run of a graph.
         max_failures: batches of which no row succeeds, in a row, before requests are refused.
         probe_seconds: between two looks whether the graphs work again.
@@ -67,6 +72,7 @@ class Engine:
         runtime: Runtime,
         *,
         max_queue_items: int = 512,
+        max_wait: float = math.inf,
         max_batch: int = 64,
         max_failures: int = 5,
         probe_seconds: float = 2.0,
@@ -75,6 +81,7 @@ class Engine:
         self._runtime = runtime
         self._scheduler = Scheduler(runtime, max_batch=max_batch, observer=observer or Silent())
         self._max_queue_items = max_queue_items
+        self._max_wait = max_wait
         self._max_failures = max_failures
         self._probe_seconds = probe_seconds
         self._failures = 0
@@ -83,7 +90,8 @@ class Engine:
         self._changed = threading.Condition()
         self._refusal: EngineFailed | None = EngineFailed("the engine is not started")
         self._closing = False
-        self._seconds_per_item = 0.0
+        self._held_runs = 0  # of all rows held; guarded as they are
+        self._busy = self._runs = 0.0  # seconds and runs of the last ticks
         self._beat = monotonic()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
@@ -151,6 +159,7 @@ class Engine:
         with self._changed:
             self._check(len(works))
             self._owners.update(dict.fromkeys(request.rows, request))
+            self._held_runs += sum(row.work.runs for row in request.rows)
             self._waiting.extend(request.rows)
             self._changed.notify()
         try:
@@ -164,19 +173,20 @@ class Engine:
         if self._refusal is not None:
             raise EngineFailed(*self._refusal.args) from self._refusal.__cause__
         held = len(self._owners)
-        if held + items > self._max_queue_items:
-            raise QueueFull(held, retry_after_ms=max(MIN_RETRY_MS, int(1000 * held * self._seconds_per_item)))
+        wait = self._held_runs * self._busy / self._runs if self._runs else 0.0
+        if held + items > self._max_queue_items or wait > self._max_wait:
+            raise QueueFull(held, retry_after_ms=max(MIN_RETRY_MS, int(1000 * wait)))
 
     def _run(self) -> None:
         try:
-            busy = 0.0
             while (rows := self._take()) is not None:
-                began = monotonic()
-                done = self._settle(self._scheduler.admit(rows)) + self._settle(self._scheduler.step())
-                busy += monotonic() - began
-                if done:
-                    self._seconds_per_item += 0.1 * (busy / done - self._seconds_per_item)
-                    busy = 0.0
+                began, runs = monotonic(), self._scheduler.runs
+                self._settle(self._scheduler.admit(rows))
+                self._settle(self._scheduler.step())
+                if (ran := self._scheduler.runs - runs) > 0:
+                    with self._changed:
+                        self._busy = MEMORY * self._busy + monotonic() - began
+                        self._runs = MEMORY * self._runs + ran
                 if self._failures >= self._max_failures:
                     self._prove()
         except BaseException as error:  # SystemExit too: nobody may wait for a thread that is gone
@@ -226,8 +236,8 @@ class Engine:
             return error
         return None
 
-    def _settle(self, rows: Sequence[Row]) -> int:
-        """Answer the requests that these rows complete or fail. Returns the number of rows."""
+    def _settle(self, rows: Sequence[Row]) -> None:
+        """Answer the requests that these rows complete or fail."""
         if any(isinstance(row.outcome, Outcome) for row in rows):
             self._failures = 0
         elif any(isinstance(row.outcome, Exception) for row in rows):
@@ -237,6 +247,7 @@ class Engine:
                 request = self._owners.pop(row, None)
                 if request is None:  # abandoned meanwhile
                     continue
+                self._held_runs -= row.work.runs
                 request.missing -= 1
                 if isinstance(row.outcome, Exception):
                     self._release(request)
@@ -247,13 +258,13 @@ class Engine:
                 request.answer(failure)
             elif request.missing == 0:
                 request.answer([other.outcome for other in request.rows if isinstance(other.outcome, Outcome)])
-        return len(rows)
 
     def _release(self, request: _Request) -> None:
         """Forget a request that nobody waits for; with the condition held. Rows under way leave at the next tick."""
         for row in request.rows:
             row.abandoned = True
-            self._owners.pop(row, None)
+            if self._owners.pop(row, None) is not None:
+                self._held_runs -= row.work.runs
         self._waiting = deque(row for row in self._waiting if not row.abandoned)
 
     def _fail_all(self, failure: EngineFailed) -> None:

@@ -77,6 +77,8 @@ class Scheduler:
         self._raise_at = 0.0
         self._observer = observer
         self._active: deque[Row] = deque()
+        self.runs = 0
+        """Rows that went through a graph, each time counted."""
 
     @property
     def active(self) -> int:
@@ -167,6 +169,7 @@ class Scheduler:
     def _encode(self, rows: list[Row]) -> None:
         inputs, present = collate(self._runtime.modalities, [row.work.row for row in rows])
         posterior = self._runtime.encode(inputs, present)
+        self.runs += len(rows)
         if not (np.isfinite(posterior.mean).all() and np.isfinite(posterior.log_var).all()):
             raise FloatingPointError("the encoder answered with numbers that are not finite")
         self._observer.batch(len(rows))
@@ -193,6 +196,7 @@ class Scheduler:
         following, objectives = self._runtime.refine(
             inputs, present, posterior, anchor, np.stack([ascent.noise for ascent in ascents])
         )
+        self.runs += len(rows)
         finite = np.isfinite(following.mean).all(axis=1) & np.isfinite(following.log_var).all(axis=1)
         now = monotonic()
         turns = zip(rows, ascents, objectives.tolist(), following.mean, following.log_var, finite.tolist(), strict=True)
@@ -243,6 +247,7 @@ class Scheduler:
                 self._lower(len(part))
             else:
                 start += len(part)
+                self.runs += len(part)
         return np.concatenate(parts)
 
     def _lower(self, rows: int) -> None:

@@ -35,6 +35,7 @@ class Serving:
         self.engine = Engine(
             runtime,
             max_queue_items=settings.max_queue_items,
+            max_wait=settings.max_queue_ms / 1000,
             max_batch=settings.max_batch,
             max_failures=settings.circuit_failures,
             probe_seconds=settings.circuit_probe_ms / 1000,

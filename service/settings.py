@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     max_samples: int = Field(256, ge=1, description="Most values generated in one request: items x targets x num_samples.")
     max_refine_steps: int = Field(64, ge=0, description="Most refinement steps of one item.")
     max_queue_items: int = Field(512, ge=1, description="Items that may wait; above it requests get 503.")
+    max_queue_ms: int = Field(
+        5_000, ge=1, le=3_600_000, description="Longest wait that is foreseen; above it requests get 503."
+    )
     max_batch: int = Field(32, ge=1, description="Most items in one run of a graph.")
     api_keys_file: Path | None = Field(None, description="File of API keys, one a line: service/keys.py. None: open to all.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(

@@ -43,6 +43,11 @@ class Work:
     temperature: float = 1.0
     """Multiplies the standard deviation of what is generated from, not of the sampled embedding."""
 
+    @property
+    def runs(self) -> int:
+        """Times this row goes through a graph, at most."""
+        return 1 + (self.refine.steps + 1 if self.refine.steps else 0) + len(self.targets) * self.num_samples
+
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
@@ -83,7 +88,7 @@ class QueueFull(Exception):  # noqa: N818 - a state, not a mistake
     """
 
     def __init__(self, waiting: int, retry_after_ms: int) -> None:
-        super().__init__(f"the queue holds {waiting} items")
+        super().__init__(f"the queue holds {waiting} items, which take about {retry_after_ms} ms")
         self.waiting = waiting
         self.retry_after_ms = retry_after_ms
 

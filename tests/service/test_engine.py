@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from time import monotonic
 from typing import Any
@@ -155,6 +156,61 @@ def test_the_bound_counts_items_and_takes_requests_whole_or_not_at_all(gated: Ga
             assert len(await engine.submit([word(i) for i in range(10)])) == 10
             with pytest.raises(QueueFull):
                 await engine.submit([word(i) for i in range(11)])
+
+    run(test())
+
+
+def test_threads_cannot_overfill_the_queue(gated: Gated) -> None:
+    """Places are looked for and taken in one step."""
+
+    async def test() -> None:
+        async with running(gated, max_queue_items=50) as engine:
+            first = await blocked(engine, gated)
+            taken: list[int] = []
+
+            async def ask(size: int) -> None:
+                with contextlib.suppress(QueueFull):
+                    taken.append(len(await engine.submit([word(i) for i in range(size)])))
+
+            async def crowd() -> None:
+                await asyncio.gather(*(ask(1 + number % 7) for number in range(40)))
+
+            loops = [threading.Thread(target=asyncio.run, args=(crowd(),)) for _ in range(8)]
+            for loop in loops:
+                loop.start()
+            await until(lambda: engine.queue_depth > 40)
+            assert engine.queue_depth <= 49
+            gated.gate.set()
+            await first
+            await asyncio.to_thread(lambda: [loop.join() for loop in loops])
+            assert engine.queue_depth == 0
+            assert sum(taken) > 40
+
+    run(test())
+
+
+def test_a_wait_that_is_foreseen_to_be_too_long_is_refused(gated: Gated) -> None:
+    """As long as the work ahead takes, not as many items as there are: a row that is refined counts as often as it runs."""
+    encode = gated.encode
+
+    def slow(inputs: Any, present: Any) -> Posterior:
+        time.sleep(0.01 * len(present))
+        return encode(inputs, present)
+
+    gated.encode = slow  # type: ignore[method-assign]
+
+    async def test() -> None:
+        async with running(gated, max_wait=0.5) as engine:
+            await engine.submit([word(i) for i in range(200)])  # whatever is asked of an idle engine is taken
+            for ahead in ([word(i) for i in range(100)], [word(0, refine=Refine(100))]):
+                tasks = [await blocked(engine, gated), asyncio.create_task(engine.submit(ahead))]
+                await until(lambda ahead=ahead: engine.queue_depth == len(ahead))
+                with pytest.raises(QueueFull, match=f"holds {1 + len(ahead)} items") as caught:
+                    await engine.submit([word(0)])
+                assert caught.value.retry_after_ms > 500
+                gated.gate.set()
+                await asyncio.gather(*tasks)
+                assert len(await engine.submit([word(0)])) == 1
 
     run(test())
 
