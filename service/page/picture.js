@@ -38,7 +38,7 @@ export function show(modality, value, label) {
 
 /** Channels that no eye has, side by side in grey. */
 function channels({ channels: count, width, height }, numbers, label) {
-  const canvas = element("canvas", { width: width * count, height, role: "img", "aria-label": label });
+  const canvas = element("canvas", { width: width * count, height, ...(label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" }) });
   const pixels = new ImageData(width * count, height);
   for (let at = 0; at < numbers.length; at++) {
     const [channel, y, x] = [Math.floor(at / (width * height)), Math.floor(at / width) % height, at % width];
