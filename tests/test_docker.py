@@ -13,7 +13,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -24,8 +24,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from model import bundle
 from model.runtime import Runtime
 from service.app import create
+from service.bundles import State
+from service.errors import CODES
 from service.serving import GRACE_SECONDS
 from service.settings import PREFIX, Settings
+from service.work import Stopped
 from tests.server import ROOT, running
 
 DOCKER = ROOT / "docker"
@@ -267,6 +270,22 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are(exposed: dict[str, 
         asked = metrics_in(expression)
         assert asked, name
         assert asked <= there, name
+
+
+def test_dashboard_and_alerts_ask_for_labels_that_there_are() -> None:
+    known = {
+        "alertname": {rule["alert"] for rule in ALERTS},
+        "alertstate": {"firing"},
+        "job": {"concord"},
+        "reason": {*CODES, *get_args(Stopped)},
+        "route": set(create([Runtime.load(bundle.builtin("digits"))], Settings()).openapi()["paths"]),
+        "state": set(get_args(State)),
+        "status": {str(status) for status, _ in CODES.values()},
+    }
+    expressions = [expression for _, expression in queries()] + [rule["expr"] for rule in ALERTS]
+    for label, operator, asked in re.findall(r'(\w+)(=~|!~|!=|=)"([^"]*)"', " ".join(expressions)):
+        for pattern in asked.split("|") if "~" in operator else [re.escape(asked)]:
+            assert any(re.fullmatch(pattern, value) for value in known[label]), f"{label}: {pattern}"
 
 
 def test_the_dashboard_shows_every_metric_of_ours(exposed: dict[str, set[str]]) -> None:
