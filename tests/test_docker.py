@@ -67,6 +67,21 @@ def compose() -> dict[str, Any]:
     return services
 
 
+def test_what_the_readme_adds_to_compose_gives_keys_and_a_bundle(tmp_path: Path) -> None:
+    found = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found
+    (tmp_path / "mine.yaml").write_text(found[1])
+    files = ("--file", "compose.yaml", "--file", str(tmp_path / "mine.yaml"))
+    out = run(tool("docker-compose"), *files, "--profile", "cpu", "config", "--format=json")
+    service = json.loads(out)["services"]["cpu"]
+    settings = settings_of(service["environment"])
+    (volume,) = service["volumes"]
+    assert volume["read_only"]
+    for path in (settings.api_keys_file, Path(settings.bundle)):
+        assert path
+        assert path.is_relative_to(volume["target"])
+
+
 def manifests(overlay: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(run(tool("kubectl"), "kustomize", f"kubernetes/{overlay}")))
 
