@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,15 +19,18 @@ START_SECONDS = 60
 EMBED = {"inputs": [{"word": "seven"}]}
 
 
-def start(*arguments: str, output: int | IO[str] = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, output: int | IO[str] = subprocess.PIPE, under: Sequence[str] = (), **environment: str
+) -> subprocess.Popen[str]:
     """A process that starts a service. ``environment`` holds its settings; it ends at once when told to, unless they say more.
 
     Args:
         output: where stdout goes. Nobody reads a pipe that you do not read.
+        under: a command that takes rights away and then becomes the service.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CONCORD_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "service", *arguments],
+        [*under, sys.executable, "-m", "service", *arguments],
         cwd=environment.pop("cwd", ROOT),
         env={**kept, "PYTHONPATH": str(ROOT), "CONCORD_THREADS": "1", "CONCORD_DRAIN_DELAY_MS": "0", **environment},
         stdout=output,
@@ -111,10 +114,10 @@ def wait_until_ready(client: httpx.Client) -> None:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, **environment: str) -> Iterator[Service]:
+def running(*arguments: str, under: Sequence[str] = (), **environment: str) -> Iterator[Service]:
     """A ready service, killed at the end."""
     with tempfile.TemporaryFile("a+") as log:
-        process = start("--port", "0", *arguments, output=log, **environment)
+        process = start("--port", "0", *arguments, output=log, under=under, **environment)
         try:
             service = Service(process, log)
             with service.client:

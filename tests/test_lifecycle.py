@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -170,6 +172,48 @@ def written(service: Service) -> list[str]:
         if flags & 0o3 and str(target).startswith("/") and not str(target).startswith("/dev/") and int(entry.name) > 2:
             found.append(str(target))
     return found
+
+
+UNPRIVILEGED = ("setpriv", "--no-new-privs", "--inh-caps=-all", *(("--bounding-set=-all",) if os.geteuid() == 0 else ()))
+"""As a container starts it: no capabilities, and none to gain."""
+
+
+def test_it_needs_no_right_that_a_container_takes_away() -> None:
+    with running(under=UNPRIVILEGED) as service:
+        status = Path(f"/proc/{service.process.pid}/status").read_text()
+        assert "CapEff:\t0000000000000000" in status
+        assert "NoNewPrivs:\t1" in status
+        assert service.embed(refine={"steps": 2}).status_code == 200
+        with ThreadPoolExecutor(32) as pool:
+            assert {answer.status_code for answer in pool.map(lambda _: service.embed(), range(200))} == {200}
+        assert service.threads() <= 16, "a limit on processes counts threads"
+        assert service.stop(signal.SIGTERM) == 0
+
+
+def test_a_bundle_that_may_not_be_read_ends_in_a_message(tmp_path: Path) -> None:
+    weights = write_copy(tmp_path / "served").path / bundle.WEIGHTS
+    weights.chmod(0)
+    process = start("--port", "0", "--bundle", str(tmp_path / "served"), under=UNPRIVILEGED)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"{weights}: cannot be read (Permission denied)" in err
+    assert "Traceback" not in out + err
+
+
+def test_a_log_on_a_full_disk_fails_no_request() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Path("/dev/full").open("w") as full:
+        process = start("--port", str(port), output=full, CONCORD_LOG_LEVEL="debug")
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            wait_until_ready(client)
+            assert {client.post("/embed", json=EMBED).status_code for _ in range(50)} == {200}
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_who_reads_its_output_may_go() -> None:

@@ -19,22 +19,27 @@ Serve = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
 
 
 @pytest.mark.parametrize(
-    "sent",
+    ("sent", "status", "code"),
     [
-        b"hello\r\n\r\n",
-        b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nhost : x\r\n\r\n",
+        (b"hello\r\n\r\n", 400, "bad_request"),
+        (
+            b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+            "bad_request",
+        ),
+        (b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n", 400, "bad_request"),
+        (b"GET /livez HTTP/1.1\r\nhost : x\r\n\r\n", 400, "bad_request"),
+        (b"GET /livez HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 70_000 + b"\r\n\r\n", 431, "headers_too_large"),
     ],
 )
-def test_what_is_no_http_gets_a_problem_too(client: httpx.Client, sent: bytes) -> None:
+def test_what_reaches_no_route_gets_a_problem_too(client: httpx.Client, sent: bytes, status: int, code: str) -> None:
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
         connection.sendall(sent)
         with connection.makefile("rb") as answer:
             head, _, body = answer.read().partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400 ")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
     assert b"application/problem+json" in head
-    assert json.loads(body)["code"] == "bad_request"
+    assert (json.loads(body)["status"], json.loads(body)["code"]) == (status, code)
 
 
 def test_a_port_is_taken_once() -> None:

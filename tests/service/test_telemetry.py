@@ -10,6 +10,7 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Receive, Scope, Send
 
+from service import answers
 from service.settings import Settings
 from service.telemetry import Interrupted, Metrics, Telemetry, configure_logging
 
@@ -147,3 +148,17 @@ def test_an_answer_that_broke_off_is_not_followed_by_another() -> None:
     with pytest.raises(Interrupted):
         get(app)
     assert value(app.metrics.expose().decode(), "concord_requests_in_flight") == 0
+
+
+def test_a_fault_of_ours_is_a_500_in_the_shape_of_its_route(
+    client: httpx.Client, values: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the whole application, between the inference and the answer."""
+    monkeypatch.setattr(answers, "_vector", None)
+    for path, body in (("/embed", {"inputs": [values]}), ("/v1/embeddings", {"input": [values]})):
+        response = client.post(path, json=body)  # held against the document
+        told = response.json().get("error", response.json())
+        assert (response.status_code, told["code"]) == (500, "internal")
+        assert "NoneType" not in response.text
+    monkeypatch.undo()
+    assert client.post("/embed", json={"inputs": [values]}).status_code == 200

@@ -123,9 +123,10 @@ def test_a_caller_who_does_not_sample_is_heard(serve: Serve) -> None:
         assert spans == []
 
 
-def test_without_a_collector_calls_go_on(serve: Serve) -> None:
+@pytest.mark.parametrize("collector", ["http://127.0.0.1:1", "http://collector.invalid:4318"], ids=["closed", "no name"])
+def test_without_a_collector_calls_go_on(serve: Serve, collector: str) -> None:
     started = time.monotonic()
-    with serve(otel="http://127.0.0.1:1") as client:
+    with serve(otel=collector) as client:
         for _ in range(5):
             client.post("/embed", json=WORD).raise_for_status()
         ended = time.monotonic()
