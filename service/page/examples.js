@@ -16,7 +16,7 @@ export function examples(modalities, samples) {
     found.push({ title: `a ${text.name}, to ${list(images.map((m) => m.name))}`, give: named(row, text.name), compare: false, steps: 0 });
     found.push({
       title: `a noisy ${vivid.name}, with and without its ${text.name}`, give: named(row, vivid.name, text.name),
-      noise: { [vivid.name]: 0.5 }, compare: true, steps: 0,
+      noise: { [vivid.name]: 0.35 }, compare: true, steps: 0,
     });
   }
   if (plain) found.push({ title: `a ${plain.name}, refined`, give: named(samples[1] ?? row, plain.name), compare: false, steps: 8 });

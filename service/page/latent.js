@@ -4,7 +4,7 @@ import { drawn } from "./dom.js";
 
 const SIZE = 340;
 const REACH = 1.1; // of the farthest that is to be seen
-const PRIOR = 1.7; // standard deviations of it that are
+const PRIOR = 1.4; // standard deviations of it that are
 
 export class LatentMap {
   /** @param map {centre, plane, points, labels}: see the service's samples. */
