@@ -28,32 +28,35 @@ Seconds = Annotated[float, typer.Option(help="Length of each part.")]
 @cli.command()
 def overload(seconds: Seconds = 60.0, steps: int = 16) -> None:
     """Two and ten times what the service can do, and how it is a moment later."""
-    requests = mixed(steps=steps)
+    with running() as service:
+        _print(overloaded(service, mixed(steps=steps), (2, 10), seconds))
 
-    async def measure(service: Service) -> dict[str, Any]:
-        connections = Connections(service.port)
+
+async def overloaded(service: Service, requests: list[bytes], times: tuple[int, ...], seconds: float) -> dict[str, Any]:
+    """What becomes of each multiple of the peak. ``retry_after_ms`` is what the refused were told."""
+    async with Connections(service.port) as connections:
         peak = await closed(connections, requests, CLIENTS, min(seconds, 15.0))
         told: dict[str, Any] = {"peak_per_second": round(peak, 1), "resident_mb": service.resident() >> 20}
-        for times in (2, 10):
-            answers = await flow(connections, requests, times * peak, seconds)
+        for multiple in times:
+            answers = await flow(connections, requests, multiple * peak, seconds)
             ended = time.monotonic()
             accepted = [answer for answer in answers if answer.status == 200]
+            refused = [answer for answer in answers if answer.status == 503]
             while (again := await connections.ask(requests[0])).status != 200:
                 await asyncio.sleep(0.02)
             took = max(answer.due + answer.seconds for answer in answers) - min(answer.due for answer in answers)
-            told[f"{times}x"] = {
+            waits = [json.loads(answer.body)["retry_after_ms"] for answer in refused]
+            told[f"{multiple}x"] = {
                 "outcomes": outcomes(answers),
                 "accepted_ms": quantiles(accepted),
-                "rejected_ms": quantiles([answer for answer in answers if answer.status == 503]),
+                "rejected_ms": quantiles(refused),
+                "retry_after_ms": [min(waits, default=0), max(waits, default=0)],
                 "goodput_of_peak": round(len(accepted) / took / peak, 3),
                 "recovered_after_s": round(time.monotonic() - ended, 3),
                 "then_ms": round(1000 * again.seconds, 1),
                 "resident_mb": service.resident() >> 20,
             }
         return told
-
-    with running() as service:
-        _print(measure(service))
 
 
 @cli.command()
