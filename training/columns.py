@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,14 @@ class Column:
     starts: Int64[np.ndarray, " boundary"] | None = None
     faults: list[tuple[int, str]] = field(default_factory=list)
     blank: int = 0
+
+    def take(self, rows: NDArray[np.int64]) -> "Column":
+        """The same of some rows, in their order."""
+        if self.starts is None:
+            return replace(self, values=self.values[rows], present=self.present[rows])
+        values = np.concatenate([np.arange(self.starts[row], self.starts[row + 1]) for row in rows])
+        starts = np.concatenate([[0], np.cumsum(np.diff(self.starts)[rows])])
+        return replace(self, values=self.values[values], present=self.present[rows], starts=starts)
 
 
 def columns_of(columns: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -42,19 +42,22 @@ class Dataset:
         modalities: as configured, what the training rows tell filled in.
         class_names: in the order of the label numbers. None: the data names no classes.
         sources: what was read.
+        columns: by modality, the values of its source.
+        left_out: by file, the rows that hold no modality at all.
     """
 
     def __init__(self, tables: Sequence[Table], modalities: Sequence[Modality], data: Data, rows_per_epoch: int | None) -> None:
         self.modalities = tuple(modalities)
         self.class_names = tables[0].class_names
         self.sources: list[DataSource] = [table.facts for table in tables]
+        self.left_out = {table.facts.file: table.left_out for table in tables}
         self._tables = tables
         self._rows_per_epoch = rows_per_epoch
         self._table_of = {name: index for index, table in enumerate(tables) for name in table.columns}
-        self._columns = {name: column for table in tables for name, column in table.columns.items()}
+        self.columns = {name: column for table in tables for name, column in table.columns.items()}
         self._partners = [_Partners(tables[0], table) for table in tables[1:]] if data.pairing == "class" else []
-        self._free = {name: _free_characters(self._columns[name].values) for name in data.random_offset}
-        self._several = [m.name for m in self.modalities if self._columns[m.name].starts is not None]
+        self._free = {name: _free_characters(self.columns[name].values) for name in data.random_offset}
+        self._several = [m.name for m in self.modalities if self.columns[m.name].starts is not None]
         if rows_per_epoch is not None and rows_per_epoch > len(self):
             raise DataError(f"{self.sources[0].file}: has {len(self)} rows, data.rows_per_epoch is {rows_per_epoch}. Lower it")
 
@@ -114,7 +117,7 @@ class Dataset:
         return dict(counts.most_common())
 
     def _starts(self, name: str) -> NDArray[np.int64]:
-        starts = self._columns[name].starts
+        starts = self.columns[name].starts
         assert starts is not None
         return starts
 
@@ -123,7 +126,7 @@ class Dataset:
     ) -> Batch:
         arrays, present = {}, []
         for modality in self.modalities:
-            column = self._columns[modality.name]
+            column = self.columns[modality.name]
             values = column.values[places[modality.name]]
             if modality.name in offsets:
                 values = _shift(values, offsets[modality.name])

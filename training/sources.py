@@ -52,6 +52,8 @@ class Table:
     """Class numbers, ``UNKNOWN`` where the column holds none. None: the source names no label column."""
     class_names: tuple[str, ...] | None
     facts: DataSource
+    left_out: Int64[np.ndarray, " empty"]
+    """The file's rows that hold no modality at all."""
 
     def __len__(self) -> int:
         return self.facts.rows
@@ -97,10 +99,11 @@ def read_table(
     digest = _sha256(source, split, folder, [part for c in decoded.values() for part in (c.values, c.present)])
     facts = DataSource(file=rows.file, sha256=digest, rows=int(filled.sum()), licence=source.licence)
     return Table(
-        {name: _kept(column, kept) for name, column in decoded.items()},
+        decoded if kept is None else {name: column.take(kept) for name, column in decoded.items()},
         labels if labels is None or kept is None else labels[kept],
         names,
         facts,
+        rows.numbers[~filled],
     )
 
 
@@ -112,7 +115,7 @@ def open_rows(source: Source, split: Split, folder: Path) -> Rows:
     """
     place = source.train if split == "train" or source.test is None else source.test
     file = _title(place)
-    table = _open(place, folder)
+    table = open_place(place, folder)
     columns = [column for named in source.columns.values() for column in columns_of(named)]
     wanted = [*columns, *(column for column in (source.label, source.split) if column)]
     if lacking := sorted(set(wanted) - set(table.column_names)):
@@ -159,23 +162,18 @@ def judge(rows: Rows, name: str, columns: str | tuple[str, ...], column: Column,
     _log.warning("%s: %d values count as absent: %s", rows.file, len(column.faults), shown)
 
 
-def _kept(column: Column, rows: NDArray[np.int64] | None) -> Column:
-    if rows is None:
-        return column
-    if column.starts is None:
-        return Column(column.values[rows], column.present[rows])
-    counts = np.diff(column.starts)[rows]
-    values = np.concatenate([np.arange(column.starts[row], column.starts[row + 1]) for row in rows])
-    return Column(column.values[values], column.present[rows], np.concatenate([[0], np.cumsum(counts)]))
-
-
 def _title(place: Place) -> str:
     if isinstance(place, str):
         return place
     return ":".join(part for part in (place.hub, place.config, place.split, place.revision) if part)
 
 
-def _open(place: Place, folder: Path) -> datasets.Dataset:
+def open_place(place: Place, folder: Path) -> datasets.Dataset:
+    """All rows of a place.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # the library reports home even when it opens a local file
     if isinstance(place, str):
