@@ -1,4 +1,4 @@
-"""``python -m training``: fit, evaluate, export, report."""
+"""``python -m training``: init, check, fit, evaluate, export, report."""
 
 import logging
 import shutil
@@ -11,6 +11,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from model.bundle import DEFAULT_BUNDLE, BundleError, builtin, read
@@ -18,13 +19,17 @@ from model.vae.export import ExportError
 from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
 from training import config, data
+from training.check import check, subsets_table
 from training.checkpoint import Run, RunError
+from training.draft import draft
 from training.evaluate import evaluate as figures_of
 from training.export import export as export_run
 from training.fit import DivergenceError, load
 from training.fit import fit as train
+from training.guess import guess
 from training.progress import Progress
 from training.report import write_results
+from training.sources import open_place
 
 app = typer.Typer(
     help="Make a bundle from data, offline: fit a configuration, evaluate the result, export it. "
@@ -62,6 +67,47 @@ def _explained(command: Callable[P, None]) -> Callable[P, None]:
     return wrapper
 
 
+@app.command("init")
+@_explained
+def begin(
+    file: Annotated[
+        Path, typer.Argument(metavar="PARQUET", help="Your data: a row for each sample, null where something lacks.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The configuration. Default: named like the file, with .toml.")] = None,
+) -> None:
+    """Look through a Parquet file and draft a configuration for it."""
+    if file.suffix != ".parquet":
+        raise data.DataError(f"{file}: a .parquet file is expected. pandas writes one with to_parquet")
+    target = out or Path(f"{file.stem}.toml")
+    if target.exists():
+        raise config.ConfigError(f"{target}: is there already. Name another file with --out")
+    rows = open_place(file.name, file.parent)
+    guesses = guess(rows)
+    text = draft(file, len(rows), guesses)
+    target.write_text(text, encoding="utf-8")
+    table = Table(title=f"{file}: {len(rows):,} rows", title_justify="left")
+    for head in ("columns", "taken for", "absent", "what it holds"):
+        table.add_column(head, justify="right" if head == "absent" else "left")
+    for found in guesses:
+        shown = ", ".join(found.columns[:3]) + (f" and {len(found.columns) - 3} more" if found.columns[3:] else "")
+        table.add_row(escape(shown), found.role, f"{found.nulls:,}", escape(found.note))
+    Console(highlight=False).print(table)
+    print(f"{target} is written. Look through it, then: python -m training check {target}")
+
+
+@app.command("check")
+@_explained
+def look(configuration: Configuration, folder: Folder = None) -> None:
+    """Read all rows of a configuration and tell what they hold, without training. Exit code 2 where fit would not begin."""
+    settings = config.load(configuration)
+    if not check(settings, folder, Console(highlight=False)):
+        raise data.DataError(
+            f"{configuration}: some values cannot be read, the first are shown above. Repair them, or say "
+            'bad_values = "absent" under [data]'
+        )
+    print(f"{configuration} is fine. Train it with: python -m training fit {configuration}")
+
+
 @app.command()
 @_explained
 def fit(
@@ -83,6 +129,7 @@ def fit(
             raise RunError(f"{path}: is no run's folder, and is not removed")
         shutil.rmtree(path)
     run, progress = Run(path, settings), Progress()
+    progress.show(subsets_table(training))
     vae = load(settings, training, run) or train(settings, training, run, progress)
     _evaluate(settings, vae, training, test, run, progress)
     print(f"\nexport it with: python -m training export {configuration}" + (f" --out {out}" if out else ""))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 
 LINE_SECONDS = 10.0
 
@@ -22,6 +23,10 @@ class Progress:
     def say(self, text: str) -> None:
         """One line."""
         self._console.print(text, markup=False, soft_wrap=True)
+
+    def show(self, table: Table) -> None:
+        """A table."""
+        self._console.print(table)
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
