@@ -18,6 +18,7 @@ from model.runtime import Runtime
 from service.app import create
 from service.server import Server, bind
 from service.settings import Settings
+from tests.readme import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -97,8 +98,5 @@ def picture(seed: int, size: tuple[int, int] = (32, 32), mode: str = "RGB", imag
 @pytest.fixture(scope="session")
 def values() -> dict[str, str]:
     """A value for each modality, as it stands in JSON."""
-    return {
-        "digit": base64.b64encode(picture(1, (28, 28), "L")).decode(),
-        "photo": base64.b64encode(picture(2)).decode(),
-        "word": "seven",
-    }
+    pictures = {name: (ROOT / f"tests/fixtures/{name}-7.png").read_bytes() for name in ("digit", "photo")}
+    return {**{name: base64.b64encode(picture).decode() for name, picture in pictures.items()}, "word": "seven"}
