@@ -15,9 +15,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from model import bundle
 from model.modality import BinaryModality, CategoricalModality, ImageModality, TextModality, VectorModality
 from model.runtime import Runtime
+from tests.graphs import write_bundle
 from tests.server import ROOT
 
 Serve = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
@@ -241,11 +241,7 @@ def test_the_first_view_is_light(browser: Browser, client: httpx.Client) -> None
 
 
 @pytest.fixture(scope="module")
-def of_all_kinds(
-    make_vae: Any, make_rows: Any, tiny_facts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Runtime:
-    from model.vae.export import export_bundle  # noqa: PLC0415 - takes seconds, which the tests above need not wait for
-
+def of_all_kinds(tiny_facts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     modalities = (
         ImageModality(name="scan", channels=1, height=12, width=8, background="white"),
         ImageModality(name="view", channels=3, height=8, width=8, background="black"),
@@ -256,11 +252,8 @@ def of_all_kinds(
         BinaryModality(name="traits", attributes=("red", "round", "a/b ~c")),
         CategoricalModality(name="species", classes=("jay", "wren", "tit")),
     )
-    vae = make_vae(modalities)
-    path = tmp_path_factory.mktemp("kinds") / "kinds"
-    facts = {**tiny_facts, "name": "kinds"}
-    export_bundle(vae, path, facts=facts, samples=2, horizon=2, examples=make_rows(modalities, 9), card="# kinds\n")
-    return Runtime(bundle.read(path), threads=1)
+    made = write_bundle(tmp_path_factory.mktemp("kinds") / "kinds", modalities, {**tiny_facts, "name": "kinds"})
+    return Runtime(made, threads=1)
 
 
 def test_every_kind_is_given_and_shown(serve: Serve, visit: Visit, of_all_kinds: Runtime) -> None:
