@@ -16,7 +16,8 @@ from typing import Any
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from service.errors import CODES, Problem
@@ -60,6 +61,7 @@ class Protocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._within_message = False
         self._head_bytes: int | None = None  # none outside of a head
+        self._running: RequestResponseCycle | None = None  # uvicorn's ``cycle`` is the newest, which may wait for this one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -97,6 +99,10 @@ class Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False  # the answer says so, and the client asks elsewhere next
         self._within(self._body_seconds, self.transport.close)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._within_message = False
@@ -108,8 +114,9 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._within(None)
         super().connection_lost(exc)
-        if self.cycle is not None and not self.cycle.response_complete:
-            state = self.cycle.scope["state"]
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            state = self._running.scope["state"]
             task = state.get("task")
             if task is not None:
                 state["gone"] = True

@@ -168,11 +168,13 @@ def test_bodies_under_way_are_bounded_together(serve: Serve) -> None:
 GONE = 'concord_rejections_total{reason="client_gone"}'
 
 
-@pytest.mark.parametrize("stage", ["upload", "queued", "refining"])
+@pytest.mark.parametrize("stage", ["upload", "queued", "refining", "refining before another request"])
 def test_work_of_clients_that_left_is_dropped(serve: Serve, runtime: Runtime, stage: str) -> None:
     """Closed and reset, many times: each is counted, nothing stays."""
-    word = orjson.dumps({"inputs": [{"word": "one"}] * 32, "refine": {"steps": 64 if stage == "refining" else 0}})
+    word = orjson.dumps({"inputs": [{"word": "one"}] * 32, "refine": {"steps": 64 if "refining" in stage else 0}})
     request = head(len(word)) + (word[:-1] if stage == "upload" else word)
+    if "another" in stage:  # sent ahead, it waits for the first to be answered
+        request += b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
 
     class Slow(Runtime):
         def encode(self, *args: Any) -> Any:
