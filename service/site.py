@@ -6,11 +6,14 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
+from model.bundle import BundleError
 from service.bundles import Bundles
+from service.errors import Problem
 from service.samples import describe
 
 FOLDER = Path(__file__).parent / "page"
 INDEX = "index.html"
+RETRY_AFTER_MS = 5000
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -40,7 +43,10 @@ async def samples(request: Request) -> Response:
     """Inputs to start from, and a map of the latent space. ``model`` is a name, or name@version."""
     bundles: Bundles = request.app.state.bundles
     serving = bundles.choose(request.path_params["model"])
-    content = await bundles.decoding.in_thread(describe, serving.runtime.bundle)
+    try:
+        content = await bundles.decoding.in_thread(describe, serving.runtime.bundle)
+    except BundleError as error:
+        raise Problem("not_ready", "the bundle's files changed since it was loaded", retry_after_ms=RETRY_AFTER_MS) from error
     return Response(content, media_type="application/json", headers={"Cache-Control": "no-cache"})
 
 

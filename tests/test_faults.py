@@ -51,6 +51,8 @@ def test_what_happens_to_its_files_does_not_reach_a_running_service(tmp_path: Pa
         for name, (value,) in answer["data"][0]["generated"].items():
             (before,) = expected["data"][0]["generated"][name]
             assert value == before, name
+        samples = service.client.get("/page/samples/digits")
+        assert samples.status_code == (200 if damage == "overwritten" else 503), "the page reads other files than the weights"
         assert service.metric(f'concord_bundle_state{{name="digits",state="failed",version="{answer["model_version"]}"}}') == 1
 
 
