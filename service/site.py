@@ -35,19 +35,25 @@ def router() -> APIRouter:
     routes = APIRouter(include_in_schema=False)
     for path, file in FILES.items():
         routes.add_route(path, _file(file), methods=["GET"], include_in_schema=False)
+    described: dict[str, bytes] = {}
+
+    async def samples(request: Request) -> Response:
+        """Inputs to start from, and a map of the latent space. ``model`` is a name, or name@version."""
+        bundles: Bundles = request.app.state.bundles
+        bundle = bundles.choose(request.path_params["model"]).runtime.bundle
+        if bundle.sha256 not in described:
+            try:
+                content = await bundles.decoding.in_thread(describe, bundle)
+            except BundleError as error:
+                detail = "the bundle's files changed since it was loaded"
+                raise Problem("not_ready", detail, retry_after_ms=RETRY_AFTER_MS) from error
+            for gone in described.keys() - {serving.runtime.bundle.sha256 for serving in bundles.all()}:
+                del described[gone]
+            described[bundle.sha256] = content
+        return Response(described[bundle.sha256], media_type="application/json", headers={"Cache-Control": "no-cache"})
+
     routes.add_route("/page/samples/{model}", samples, methods=["GET"], include_in_schema=False)
     return routes
-
-
-async def samples(request: Request) -> Response:
-    """Inputs to start from, and a map of the latent space. ``model`` is a name, or name@version."""
-    bundles: Bundles = request.app.state.bundles
-    serving = bundles.choose(request.path_params["model"])
-    try:
-        content = await bundles.decoding.in_thread(describe, serving.runtime.bundle)
-    except BundleError as error:
-        raise Problem("not_ready", "the bundle's files changed since it was loaded", retry_after_ms=RETRY_AFTER_MS) from error
-    return Response(content, media_type="application/json", headers={"Cache-Control": "no-cache"})
 
 
 def _file(file: Path) -> Endpoint:

@@ -12,6 +12,13 @@ export function drawn(tag, attributes = {}, ...children) {
   return furnish(document.createElementNS(SVG, tag), attributes, children);
 }
 
+/** A bar for a part of 1. The number stands beside it. */
+export function bar(part) {
+  const filled = element("i");
+  filled.style.width = `${100 * part}%`;
+  return element("span", { class: "bar", "aria-hidden": "true" }, filled);
+}
+
 /** A range or number input with its label and the value beside it. `changed` is told the number. */
 export function knob(label, { id, type = "range", min, max, step, value, format = String }, changed) {
   const shown = element("output", { for: id });

@@ -2,7 +2,7 @@
 
 import { Refusal, get, post, unreadiness, useKey } from "./api.js";
 import { Climb } from "./climb.js";
-import { element, knob } from "./dom.js";
+import { bar, element, knob } from "./dom.js";
 import { Evidence } from "./evidence.js";
 import { examples } from "./examples.js";
 import { LatentMap, information, spread } from "./latent.js";
@@ -96,7 +96,7 @@ class Page {
     const given = this.evidence.given();
     const names = Object.keys(given);
     if (!names.length) return null;
-    const alone = names.length > 1 ? names.map((name) => ({ [name]: given[name] })) : [];
+    const alone = names.length > 1 ? names.slice(0, this.model.limits.max_items - 1).map((name) => ({ [name]: given[name] })) : [];
     const shared = {
       ...(this.several && { model: `${this.model.id}@${this.model.version}` }),
       seed: Number(this.seed.input.value),
@@ -172,13 +172,10 @@ class Page {
     const most = Math.max(...rows.map(([, nats]) => nats), 1e-9);
     at("facts").replaceChildren(element("table", {},
       element("thead", {}, element("tr", {}, ...["given", "nats from the prior", "std"].map((title) => element("th", { scope: "col" }, title)))),
-      element("tbody", {}, ...rows.map(([name, nats, std]) => {
-        const bar = element("i");
-        bar.style.width = `${(100 * nats) / most}%`;
-        return element("tr", {}, element("th", { scope: "row" }, name),
-          element("td", {}, element("span", { class: "bar" }, bar), element("span", { class: "number" }, nats.toFixed(1))),
-          element("td", { class: "number" }, std.toFixed(2)));
-      }))));
+      element("tbody", {}, ...rows.map(([name, nats, std]) =>
+        element("tr", {}, element("th", { scope: "row" }, name),
+          element("td", {}, bar(nats / most), element("span", { class: "number" }, nats.toFixed(1))),
+          element("td", { class: "number" }, std.toFixed(2)))))));
   }
 
   empty() {

@@ -1,6 +1,6 @@
 // A generated value, shown. One function for each kind of modality.
 
-import { element } from "./dom.js";
+import { bar, element } from "./dom.js";
 import { show as picture } from "./picture.js";
 
 const SHOWN_ATTRIBUTES = 12;
@@ -21,10 +21,10 @@ export function bars(numbers, label) {
   const most = Math.max(...numbers.map(Math.abs), 1e-9);
   const list = element("div", { class: "bars", role: "img", "aria-label": `${label} ${numbers.slice(0, 64).map((n) => n.toFixed(2)).join(", ")}` });
   for (const number of numbers) {
-    const bar = element("i", { title: number.toFixed(3) });
-    bar.style.height = `${(50 * Math.abs(number)) / most}%`;
-    bar.style[number < 0 ? "top" : "bottom"] = "50%";
-    list.append(element("span", {}, bar));
+    const one = element("i", { title: number.toFixed(3) });
+    one.style.height = `${(50 * Math.abs(number)) / most}%`;
+    one.style[number < 0 ? "top" : "bottom"] = "50%";
+    list.append(element("span", {}, one));
   }
   return list;
 }
@@ -35,7 +35,7 @@ function probabilities(named) {
   const more = entries.length - SHOWN_ATTRIBUTES;
   if (more > 0) entries = entries.sort((a, b) => b[1] - a[1]).slice(0, SHOWN_ATTRIBUTES);
   const rows = entries.map(([name, p]) =>
-    element("li", {}, element("span", {}, name), element("meter", { min: 0, max: 1, value: p, "aria-label": name }), element("span", { class: "number" }, p.toFixed(2))),
+    element("li", {}, element("span", {}, name), bar(p), element("span", { class: "number" }, p.toFixed(2))),
   );
   return element("ul", { class: "odds" }, ...rows, more > 0 ? element("li", {}, `and ${more} less likely`) : null);
 }
