@@ -155,13 +155,16 @@ async def flow(
 
 
 async def closed(connections: Connections, requests: Sequence[bytes], clients: int, seconds: float) -> float:
-    """Answers of status 200 a second, when so many clients each ask again as soon as they are answered."""
+    """Answers of status 200 a second, when so many clients each ask again as soon as they are answered, or may come back."""
     end = time.monotonic() + seconds
 
     async def client(number: int) -> int:
         done = 0
         while time.monotonic() < end:
             answer = await connections.ask(requests[(number + done) % len(requests)])
+            if answer.status == 503:
+                await asyncio.sleep(json.loads(answer.body)["retry_after_ms"] / 1000)
+                continue
             assert answer.status == 200, answer
             done += 1
         return done
