@@ -22,11 +22,10 @@ class Coupling(nn.Module):
         super().__init__()
         self.kept = latent // 2 if not flip else latent - latent // 2
         self.flip = flip
-        inputs, outputs = self.kept + features, 2 * (latent - self.kept)
-        self.network = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
-        )
-        initialise(self.network, last=0.0)
+        self.given = nn.Linear(features, hidden)
+        self.inner = nn.Linear(self.kept, hidden)
+        self.outer = nn.Linear(hidden, 2 * (latent - self.kept))
+        initialise(self, last=0.0)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Noise -> z: the moved values and log |det| of the Jacobian, (...,)."""
@@ -41,7 +40,9 @@ class Coupling(nn.Module):
         return self._whole(kept, (moved - shift) * (-log_scale).exp()), -log_scale.sum(-1)
 
     def _map(self, kept: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self.network(torch.cat((kept, context), dim=-1)).chunk(2, dim=-1)
+        # The context is a row's, not a sample's: projected once for all samples, which chains of thousands of steps need.
+        hidden = nn.functional.silu(self.inner(kept) + self.given(context))
+        log_scale, shift = self.outer(hidden).chunk(2, dim=-1)
         return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE), shift
 
     def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,7 @@ class ConditionalFlow(nn.Module):
         self, noise: Float[Tensor, "batch sample latent"], context: Float[Tensor, "batch feature"]
     ) -> Float[Tensor, "batch sample latent"]:
         """z of standard normal noise."""
-        base, around = self._base(context), context.unsqueeze(1).expand(-1, noise.shape[1], -1)
+        base, around = self._base(context), context.unsqueeze(1)
         z = base.mean + (0.5 * base.log_var).exp() * noise
         for coupling in self._couplings():
             z, _ = coupling.forward(z, around)
@@ -82,7 +83,7 @@ class ConditionalFlow(nn.Module):
         self, z: Float[Tensor, "batch sample latent"], context: Float[Tensor, "batch feature"]
     ) -> Float[Tensor, "batch sample"]:
         """log q(z | context), in nats."""
-        around = context.unsqueeze(1).expand(-1, z.shape[1], -1)
+        around = context.unsqueeze(1)
         volume = torch.zeros(z.shape[:2])
         for coupling in reversed(self._couplings()):
             z, log_determinant = coupling.inverse(z, around)

@@ -18,8 +18,8 @@ from training.data import Batch
 from training.posteriors import GaussianPosterior, Posterior, Rival, log_prior
 
 COUPLINGS = 8
-MOVES = 30  # of a chain that samples a product of flows
-MEAN_SAMPLES = 8  # a flow's mean has no closed form
+MOVES = 20  # of a chain that samples a product of flows
+MEAN_SAMPLES = 4  # a flow's mean has no closed form
 
 
 class JNF(Rival):
