@@ -206,7 +206,8 @@ def _oldest_format(modality: Modality) -> int:
     if isinstance(modality, ImageModality):
         return 1 if modality.in_files else 2
     if isinstance(modality, TextModality):
-        return 1 if modality.unit == "character" and modality.unknown_token is None and modality.too_long == "refuse" else 2
+        old = modality.unit == "character" and modality.likelihood == "categorical" and modality.too_long == "refuse"
+        return 1 if old and modality.unknown_token is None else 2
     return 2 if isinstance(modality, CategoricalModality) else 1
 
 

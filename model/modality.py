@@ -93,7 +93,9 @@ class TextModality(_Described):
     lowercase: bool = True
     too_long: Literal["refuse", "cut"] = Field(default="refuse", exclude_if=lambda answer: answer == "refuse")
     """A text of more tokens is refused, or loses those beyond the limit."""
-    likelihood: Literal["categorical"] = "categorical"
+    likelihood: Literal["categorical", "shifted"] = "categorical"
+    """shifted: each token's categorical after a cyclic shift of the whole text, every shift equally likely. For a text whose
+    place in its field says nothing: z need not tell the place, and what is generated stands at the beginning."""
 
     @model_validator(mode="after")
     def _tokens_differ(self) -> "TextModality":

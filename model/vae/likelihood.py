@@ -36,7 +36,8 @@ def log_likelihood(
     if isinstance(modality, TextModality | CategoricalModality):
         tokens = torch.arange(raw.shape[-1], device=raw.device)
         chosen = (x.unsqueeze(-1) == tokens).to(raw.dtype)
-        return (torch.log_softmax(raw, dim=-1) * chosen).flatten(1).sum(1)
+        terms = torch.log_softmax(raw, dim=-1)
+        return _shifted(terms, chosen) if modality.likelihood == "shifted" else (terms * chosen).flatten(1).sum(1)
     if modality.likelihood == "bernoulli":
         # The logarithm of the sigmoid, safe at both ends.
         terms = raw * x - raw.clamp(min=0) - torch.log1p(torch.exp(-raw.abs()))
@@ -47,3 +48,23 @@ def log_likelihood(
     else:
         terms = -0.5 * distance.square() - math.log(modality.scale) - 0.5 * math.log(2 * math.pi)
     return terms.flatten(1).sum(1)
+
+
+def _shifted(
+    terms: Float[Tensor, "batch length token"], chosen: Float[Tensor, "batch length token"]
+) -> Float[Tensor, " batch"]:
+    """log of the mean, over all cyclic shifts, of the probability that decoded place i gives observed token i + shift.
+
+    Args:
+        terms: log-probabilities of each decoded place.
+        chosen: the observed tokens, one-hot.
+    """
+    length = terms.shape[1]
+    places = torch.arange(length, device=terms.device)
+    # (decoded place, observed place, shift): 1 where they meet. One product with it sums each shift's diagonal.
+    meet = (places[:, None, None] + places == places[:, None]).to(terms.dtype) + (
+        places[:, None, None] + places == places[:, None] + length
+    ).to(terms.dtype)
+    by_shift = (terms @ chosen.transpose(1, 2)).flatten(1) @ meet.flatten(0, 1)
+    # The logarithm of a sum of exponentials, as the difference from any one of the terms.
+    return by_shift[:, 0] - torch.log_softmax(by_shift, dim=1)[:, 0] - math.log(length)

@@ -129,11 +129,12 @@ def test_awkward_sizes_export(tmp_path: Path, tiny_facts: dict[str, Any], make_v
     modalities = (
         ImageModality(name="square", channels=1, height=24, width=24, likelihood="bernoulli"),
         ImageModality(name="oblong", channels=3, height=13, width=7, likelihood="gaussian"),
-        TextModality(name="sign", length=2, alphabet=letters),
+        TextModality(name="sign", length=2, alphabet=letters, likelihood="shifted"),
     )
     vae = make_vae(modalities, width=2)
     examples = make_rows(modalities, 7)
     opened = export_bundle(vae, tmp_path / "b", facts=tiny_facts, samples=4, horizon=1, examples=examples, card="")
+    assert opened.manifest.format == 2
     runtime = Runtime(opened, threads=1)
     for rows in (1, 2, 3, 16):
         assert parity(vae, runtime, make_rows(modalities, rows, seed=rows)) <= PARITY_TOLERANCE

@@ -98,3 +98,21 @@ def test_expectations_are_those_of_the_distribution(modality: Modality) -> None:
         torch.testing.assert_close(expected, Categorical(logits=raw[:, 0]).probs)
     else:
         torch.testing.assert_close(expected, distribution(modality, raw).mean)
+
+
+def test_a_shifted_text_is_a_mixture_of_all_its_shifts() -> None:
+    modality = TextModality(name="word", length=5, alphabet=" abc", likelihood="shifted")
+    raw = torch.randn(6, *shape_of_raw(modality), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = rows(modality, 6)
+    shifts = torch.stack([log_likelihood(TEXT, raw.roll(shift, dims=1), x) for shift in range(5)])
+    torch.testing.assert_close(log_likelihood(modality, raw, x), shifts.exp().mean(0).log())
+    torch.testing.assert_close(log_likelihood(modality, raw, x.roll(2, dims=1)), log_likelihood(modality, raw, x))
+
+
+def test_a_shifted_text_that_is_all_but_impossible_keeps_its_slope() -> None:
+    modality = TextModality(name="word", length=5, alphabet=" abc", likelihood="shifted")
+    raw = (1e4 * torch.randn(3, *shape_of_raw(modality), generator=torch.Generator().manual_seed(1))).requires_grad_()
+    log_likelihood(modality, raw, rows(modality, 3)).sum().backward()
+    assert raw.grad is not None
+    assert raw.grad.isfinite().all()
+    assert raw.grad.any()
