@@ -207,6 +207,14 @@ def _print_figures(figures: dict[str, Any]) -> None:
         for name, accuracy in figures["probe"].items():
             table.add_row(name, f"{accuracy:.4f}")
         console.print(table)
+    for query, galleries in figures.get("retrieval", {}).items():
+        for gallery, found in galleries.items():
+            recalls = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "rows")
+            console.print(f"{query} finds its {gallery} among {found['rows']:,}: {recalls}", markup=False)
+    for name, sources in figures.get("attributes", {}).items():
+        for source, found in sources.items():
+            told = f"mean average precision {found['map']:.3f}, by chance {found['chance']:.3f}, {found['rows']:,} rows"
+            console.print(f"{name} from {source}: {told}", markup=False)
     if refinement := figures.get("refinement"):
         console.print(
             f"refinement, {refinement['steps']} steps: ELBO {refinement['elbo_before']:.2f} -> {refinement['elbo_after']:.2f} "

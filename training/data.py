@@ -64,6 +64,12 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._tables[0])
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether some row's class is known."""
+        labels = self._tables[0].labels
+        return labels is not None and bool((labels != UNKNOWN).any())
+
     def steps_per_epoch(self, batch_size: int, *, shuffle: bool = True) -> int:
         """Batches of one epoch. Training (``shuffle``) drops a last, smaller batch unless it is the only one."""
         if batch_size < 1:

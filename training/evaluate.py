@@ -1,5 +1,7 @@
 """Figures of a trained model on the test split: what each subset's embedding knows, and what refinement gains."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,13 +9,16 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from model.modality import BinaryModality
 from model.vae.gaussian import antithetic, standard_like
 from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
 from training.config import Config
 from training.data import Dataset
+from training.metrics.attributes import mean_average_precision
 from training.metrics.probe import linear_probe
 from training.metrics.refinement import JUDGE_SAMPLES, refined_elbos
+from training.metrics.retrieval import recall_at
 from training.objectives import every_subset
 from training.posteriors import posteriors
 from training.progress import Progress
@@ -21,6 +26,8 @@ from training.sources import UNKNOWN
 
 BATCH_ROWS = 500
 PROBE_POOL = 6000  # training rows that the probe's points are drawn from
+ALL_SUBSETS = 4  # modalities whose subsets are all probed
+RETRIEVAL_ROWS = 1000  # of a gallery, at most
 
 
 def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, progress: Progress) -> dict[str, Any]:
@@ -31,23 +38,81 @@ def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, pro
     ``refinement``: of rows as they are, from the aligned posterior, as the service refines: the mean ELBO by step with the
     noise that is climbed, and judged with fresh noise before and after the trained number of steps; ``raised`` is the share
     of rows whose ELBO rises, with either noise. ``joint`` is the mean ELBO of the joint encoder's own posterior.
+
+    Where rows are pairs of their own (``pairing = "row"``), and some have both:
+    ``retrieval``: {query: {gallery: {rows, recall@k}}}, by the means of one modality each; by chance recall@k is k / rows.
+    ``attributes``: {binary modality: {source: {rows, map, chance}}}, of what is decoded from the mean of another modality, or
+    of all others (``others``).
     """
     torch.set_num_threads(config.threads)
     vae = vae.eval().requires_grad_(False)
     figures: dict[str, Any] = {"test_rows": len(test)}
-    subsets = {
-        "+".join(m.name for m, bit in zip(vae.modalities, mask, strict=True) if bit): mask
-        for mask in every_subset(len(vae.modalities))
-    }
-    pool = _means(vae, train, subsets, PROBE_POOL, progress, shuffle=True)
-    means = _means(vae, test, subsets, len(test), progress, shuffle=False)
-    # A class that all rows share, or that none has, cannot be probed.
-    probed = [name for name in means if len(np.unique(pool[name][1])) > 1 and len(means[name][1])]
-    if probed:
-        figures["probe"] = {name: linear_probe(*pool[name], *means[name], seed=config.seed) for name in probed}
+    if train.has_labels:
+        subsets = probed_subsets([m.name for m in vae.modalities])
+        pool = _means(vae, train, subsets, PROBE_POOL, progress, shuffle=True)
+        means = _means(vae, test, subsets, len(test), progress, shuffle=False)
+        # A class that all rows share, or that none has, cannot be probed.
+        probed = [name for name in means if len(np.unique(pool[name][1])) > 1 and len(means[name][1])]
+        if probed:
+            figures["probe"] = {name: linear_probe(*pool[name], *means[name], seed=config.seed) for name in probed}
+    if config.data.pairing == "row":
+        figures |= across(vae, test)
     if isinstance(vae, MultimodalVAE):
         figures["refinement"] = _refinement(config, vae, test, progress)
     return figures
+
+
+def probed_subsets(names: Sequence[str]) -> dict[str, Tensor]:
+    """Subsets by the names of their modalities; of more than four modalities the single ones, all but one, and all."""
+    count = len(names)
+    masks = [mask for mask in every_subset(count) if count <= ALL_SUBSETS or int(mask.sum()) in (1, count - 1, count)]
+    return {"+".join(name for name, bit in zip(names, mask, strict=True) if bit): mask for mask in masks}
+
+
+def across(vae: Generative, test: Dataset) -> dict[str, Any]:
+    """``retrieval`` and ``attributes`` of ``evaluate``, each left out where no test row has what it needs."""
+    names = [m.name for m in vae.modalities]
+    singles = every_subset(len(names))[: len(names)]
+    parts: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for batch in test.batches(0, BATCH_ROWS, 0, shuffle=False):
+            parts.setdefault("present", []).append(batch.present)
+            masks = [batch.present & mask for mask in (*singles, *~singles)]
+            for index, posterior in enumerate(posteriors(vae, batch.arrays, masks)):
+                name = names[index] if index < len(names) else f"all but {names[index - len(names)]}"
+                parts.setdefault(name, []).append(posterior.mean)
+            for modality in vae.modalities:
+                if isinstance(modality, BinaryModality):
+                    parts.setdefault(f"true {modality.name}", []).append(batch.arrays[modality.name])
+    means = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    present = dict(zip(names, means.pop("present").T, strict=True))
+    figures = {"retrieval": _retrieval(means, present), "attributes": _attributes(vae, means, present)}
+    return {name: told for name, told in figures.items() if told}
+
+
+def _retrieval(means: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    told: dict[str, dict[str, Any]] = {}
+    for query, gallery in itertools.permutations(present, 2):
+        rows = (present[query] & present[gallery]).nonzero().flatten()[:RETRIEVAL_ROWS]
+        if len(rows) > 1:
+            recalls = recall_at(means[query][rows].numpy(), means[gallery][rows].numpy())
+            figures = {f"recall@{k}": recall for k, recall in recalls.items()}
+            told.setdefault(query, {})[gallery] = {"rows": len(rows), **figures}
+    return told
+
+
+def _attributes(vae: Generative, means: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    told: dict[str, dict[str, Any]] = {}
+    for name in (m.name for m in vae.modalities if isinstance(m, BinaryModality)):
+        sources = {source: (means[source], has) for source, has in present.items() if source != name}
+        any_other = torch.stack([has for _, has in sources.values()]).any(0)
+        for source, (mean, has) in {**sources, "others": (means[f"all but {name}"], any_other)}.items():
+            rows = has & present[name]
+            with torch.no_grad():
+                decoded = vae.decode(name, mean[rows])
+            if found := mean_average_precision(means[f"true {name}"][rows].numpy(), decoded.numpy()):
+                told.setdefault(name, {})[source] = {"rows": int(rows.sum()), "map": found[0], "chance": found[1]}
+    return told
 
 
 def _means(

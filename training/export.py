@@ -107,6 +107,24 @@ def model_card(config: Config, sources: list[DataSource], figures: dict[str, Any
             "| embedding of | accuracy |",
         ]
         lines += ["| --- | --- |", *(f"| {name} | {value:.3f} |" for name, value in figures["probe"].items()), ""]
+    if "retrieval" in figures:
+        lines += ["Recall of a test row by another of its modalities, by cosine similarity of the means:", ""]
+        lines += ["| query | gallery | rows | recall@1 | recall@10 |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {query} | {gallery} | {found['rows']} | {found['recall@1']:.3f} | {found['recall@10']:.3f} |"
+            for query, galleries in figures["retrieval"].items()
+            for gallery, found in galleries.items()
+        ]
+        lines += [""]
+    if "attributes" in figures:
+        lines += ["Attributes decoded from other modalities:", ""]
+        lines += ["| attributes | from | rows | mean average precision | by chance |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {name} | {source} | {found['rows']} | {found['map']:.3f} | {found['chance']:.3f} |"
+            for name, sources in figures["attributes"].items()
+            for source, found in sources.items()
+        ]
+        lines += [""]
     refinement = figures["refinement"]
     lines += [
         f"Refinement of complete rows, {refinement['steps']} steps: the ELBO goes from {refinement['elbo_before']:.1f} to "

@@ -8,11 +8,11 @@ import datasets
 import pytest
 import torch
 
-from model.modality import VectorModality
+from model.modality import BinaryModality, CategoricalModality, VectorModality
 from model.vae.gaussian import kl, sample, standard_like
 from model.vae.multimodal import MultimodalVAE
 from training import config, data
-from training.evaluate import evaluate
+from training.evaluate import across, evaluate, probed_subsets
 from training.fit import build
 from training.metrics.refinement import JUDGE_SAMPLES
 from training.progress import Progress
@@ -113,3 +113,53 @@ def test_elbos_are_those_of_the_whole_split(finished: Any) -> None:
             error = (samples.var(1) / (JUDGE_SAMPLES / 2)).sum().sqrt().item() / 30
             assert error < 0.05 * abs(expected)
             assert abs(figures[name] - expected) < 5 * error
+
+
+def test_rows_that_are_pairs_are_retrieved(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", [0, 1] * 30)
+    write(tmp_path / "test.parquet", [0, 1, 1] * 10, lacking=4)
+    figures = measured(tmp_path, label=None)
+    assert "probe" not in figures
+    for query, gallery in (("a", "b"), ("b", "a")):
+        found = figures["retrieval"][query][gallery]
+        assert found["rows"] == 26
+        assert 0 <= found["recall@1"] <= found["recall@5"] <= found["recall@10"] <= 1
+    assert "attributes" not in figures
+
+
+def test_attributes_are_told_from_other_modalities(tmp_path: Path) -> None:
+    rows = {
+        "traits": [[row % 2, 1] if row else None for row in range(40)],
+        "number": [[float(row % 2)] if row % 5 else None for row in range(40)],
+        "word": ["yes" if row % 2 else "no" for row in range(40)],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    modalities = (
+        BinaryModality(name="traits", attributes=("odd", "all")),
+        VectorModality(name="number", size=1),
+        CategoricalModality(name="word"),
+    )
+    source = config.Source(
+        train="rows.parquet",
+        test="rows.parquet",
+        columns={"traits": "traits", "number": "number", "word": "word"},
+        licence="none",
+    )
+    settings = config.Config(
+        name="tiny", threads=1, modalities=modalities, data=config.Data(folder=tmp_path, pairing="row", sources=(source,))
+    )
+    train, test = data.load(settings, "train"), data.load(settings, "test")
+    vae = build(settings, train).eval()
+    found = across(vae, test)["attributes"]["traits"]
+    assert {name: figures["rows"] for name, figures in found.items()} == {"number": 32, "word": 39, "others": 39}
+    assert found["word"]["chance"] == pytest.approx(20 / 39)
+    assert found["word"]["map"] in (
+        pytest.approx(1.0),
+        pytest.approx(20 / 39, abs=0.2),
+    )  # two embeddings, in one order or the other
+
+
+def test_many_modalities_are_probed_alone_all_but_one_and_all() -> None:
+    assert len(probed_subsets(list("abcd"))) == 15
+    sizes = [name.count("+") + 1 for name in probed_subsets(list("abcdefgh"))]
+    assert sizes == [1] * 8 + [7] * 8 + [8]
