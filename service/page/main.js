@@ -50,7 +50,7 @@ class Page {
     };
     const most = Math.max(1, Math.min(MOST_SAMPLES, Math.floor(model.limits.max_samples / this.names.length)));
     this.samples = knob("Samples", { id: "num_samples", min: 1, max: most, step: 1, value: Math.min(4, most) }, changed);
-    this.temperature = knob("Temperature", { id: "temperature", min: 0, max: 2, step: 0.05, value: 1, format: (n) => n.toFixed(2) }, changed);
+    this.temperature = knob("Temperature", { id: "temperature", min: 0, max: 2, step: 0.05, value: 0.5, format: (n) => n.toFixed(2) }, changed);
     this.seed = knob("Seed", { id: "seed", type: "number", min: 0, max: 2 ** 31, step: 1, value: 0 }, changed);
     this.compare = element("input", { type: "checkbox", id: "compare", onchange: changed });
     at("knobs").replaceChildren(this.samples.whole, this.temperature.whole, this.seed.whole,
