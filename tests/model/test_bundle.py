@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,14 @@ def test_a_file_cut_short_or_missing_is_refused(folder: Path, name: str) -> None
     (folder / name).unlink()
     with pytest.raises(BundleError, match=f"{name}: cannot be read"):
         read(folder)
+
+
+def test_a_file_of_more_than_any_bundle_holds_is_not_read(folder: Path) -> None:
+    os.truncate(folder / WEIGHTS, bundle.MAX_FILE_BYTES + 1)  # a hole: it fills no disk
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BundleError, match="larger than"):
+        read(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
 
 
 def test_every_changed_byte_of_the_manifest_changes_the_bundles_number(folder: Path) -> None:
