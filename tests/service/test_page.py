@@ -1,5 +1,6 @@
 """The page as people use it: in a browser, against a live server. Needs Chromium on the PATH: apt-get install chromium."""
 
+import base64
 import contextlib
 import json
 import os
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PAT
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=30_000)  # a busy machine is no defect of the page
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -179,6 +181,26 @@ def test_a_file_is_an_input(visit: Visit) -> None:
     expect(page.locator("#told")).to_have_text("Shown: digit, photo, word, from photo, word.")
 
 
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_a_picture_comes_from_elsewhere_on_the_desk(visit: Visit, way: str) -> None:
+    page = visit()
+    picture = base64.b64encode((ROOT / "tests/fixtures/photo-7.png").read_bytes()).decode()
+    canvas = page.locator("[aria-labelledby=card-photo] canvas.sketch")
+    canvas.focus()
+    canvas.evaluate(
+        """(canvas, [way, picture]) => {
+            const held = new DataTransfer();
+            const bytes = Uint8Array.from(atob(picture), (one) => one.charCodeAt(0));
+            held.items.add(new File([bytes], "7.png", { type: "image/png" }));
+            const event = { bubbles: true, cancelable: true };
+            canvas.dispatchEvent(way === "drop" ? new DragEvent("drop", { ...event, dataTransfer: held })
+                : new ClipboardEvent("paste", { ...event, clipboardData: held }));
+        }""",
+        [way, picture],
+    )
+    expect(page.locator("#told")).to_have_text("Shown: digit, photo, word, from photo, word.")
+
+
 def test_the_keyboard_draws(visit: Visit) -> None:
     page = visit()
     page.locator("[aria-labelledby=card-digit] canvas.sketch").focus()
@@ -270,6 +292,17 @@ def test_every_kind_is_given_and_shown(serve: Serve, visit: Visit, of_all_kinds:
         page.get_by_label("sensor 2").fill("warm")
         expect(page.locator("[aria-labelledby=card-sensor]").get_by_role("alert")).to_contain_text("a vector holds numbers")
         assert not violations(page)
+
+
+def test_of_several_models_one_is_chosen(serve: Serve, visit: Visit, runtime: Runtime, of_all_kinds: Runtime) -> None:
+    with serve(runtime, of_all_kinds, default_model="digits") as client:
+        page = visit(client)
+        page.get_by_label("Model").select_option("kinds@1")
+        expect(page.locator("#state")).to_have_text("kinds@1 · 8 modalities · 6 dimensions")
+        expect(page.locator("#told")).to_contain_text("from caption")
+        settle(page)
+        answered = subprocess.run(["bash"], input=copied(page), capture_output=True, text=True, check=True, timeout=30)
+        assert json.loads(answered.stdout)["model"] == "kinds"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
