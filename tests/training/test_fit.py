@@ -270,7 +270,7 @@ def test_a_process_killed_again_and_again_ends_with_the_same_numbers(
     changes: dict[str, Any] = {
         "joint": {**long, "epochs": 15},  # 225 steps
         "refiner": {**long, "epochs": 4, "steps": 1},  # 60
-        "align": {**long, "epochs": 4},
+        "align": {**long, "epochs": 10},  # 150: the last signal must find it at work, on a busy machine too
     }
     settings = make_config(**changes)
     with pytest.MonkeyPatch.context() as patch:
