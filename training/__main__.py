@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, ParamSpec, cast, get_args
 
 import typer
 from rich.console import Console
@@ -21,6 +21,8 @@ from model.vae.multimodal import MultimodalVAE
 from training import config, data
 from training.check import check, subsets_table
 from training.checkpoint import Run, RunError
+from training.comparison import Plan
+from training.comparison import compare as run_comparison
 from training.draft import draft
 from training.evaluate import evaluate as figures_of
 from training.export import export as export_run
@@ -28,7 +30,7 @@ from training.fit import DivergenceError, load
 from training.fit import fit as train
 from training.guess import guess
 from training.progress import Progress
-from training.report import write_results
+from training.report import write_comparisons, write_results
 from training.sources import open_place
 
 app = typer.Typer(
@@ -39,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 EVALUATION = "evaluation.json"
+RESULTS = Path("training/results")
 
 Configuration = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as training/configs/digits.toml.")]
 Folder = Annotated[
@@ -169,9 +172,52 @@ def export(
 def report(
     readme: Annotated[Path, typer.Option(help="File whose results section is rewritten.")] = Path("README.md"),
     bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle. Default: the built-in one.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the results files of compare.")] = RESULTS,
 ) -> None:
-    """Write the README's results from the figures that a bundle carries."""
+    """Write the README's tables: of the figures that a bundle carries, and of every results file, with its charts beside it."""
     write_results(readme, read(bundle or builtin(DEFAULT_BUNDLE)).manifest)
+    for chart in write_comparisons(readme, results):
+        print(chart)
+
+
+@app.command()
+@_explained
+def compare(
+    configuration: Configuration,
+    models: Annotated[str, typer.Option(help="Models, joined by commas.")] = ",".join(get_args(config.Model)),
+    seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
+    rows_per_epoch: Annotated[
+        int | None, typer.Option(help="Training rows an epoch: a reduced budget, reported as such.", min=1)
+    ] = None,
+    test_rows: Annotated[int, typer.Option(help="Test rows of all figures but the probe's, which takes all.", min=2)] = 2000,
+    folder: Folder = None,
+    out: Annotated[Path | None, typer.Option(help="Where the runs live. Default: runs/compare-<name>.")] = None,
+    results: Annotated[Path, typer.Option(help="Where the results file goes.")] = RESULTS,
+) -> None:
+    """Train and measure several models over several seeds on equal terms, and write one results file.
+
+    Every run continues where it stopped, and is not run again once it is measured. `report` shows the results.
+    """
+    plan = Plan(config.load(configuration), _models(models), _seeds(seeds), rows_per_epoch, test_rows)
+    typed = f"python -m training compare {configuration} --models {models} --seeds {seeds} --test-rows {test_rows}"
+    typed += f" --rows-per-epoch {rows_per_epoch}" if rows_per_epoch else ""
+    content = run_comparison(plan, folder, out or Path("runs") / f"compare-{plan.name}", results, typed, Progress())
+    for row in content["rows"]:
+        print(f"{row['model']}, seed {row['seed']}: {row['status']}{': ' + row['error'] if row.get('error') else ''}")
+    print(f"{results / plan.name}.json")
+
+
+def _models(text: str) -> tuple[config.Model, ...]:
+    known = get_args(config.Model)
+    if unknown := [name for name in text.split(",") if name not in known]:
+        raise config.ConfigError(f"--models: {', '.join(map(repr, unknown))} is not among {', '.join(known)}")
+    return cast(tuple[config.Model, ...], tuple(text.split(",")))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    if not all(part.isascii() and part.isdigit() for part in text.split(",")):
+        raise config.ConfigError(f"--seeds: {text!r}: whole numbers from 0, joined by commas, such as 0,1,2")
+    return tuple(int(part) for part in text.split(","))
 
 
 @contextmanager

@@ -1,12 +1,25 @@
-"""Published figures, written where they are read from what was measured: the README's results table."""
+"""Published figures, written where they are read from what was measured: the README's tables."""
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from model.bundle import Manifest
+from training.scores import TITLES, average, finished
 
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+COLUMNS = {
+    "probe": ("probe", "{:.3f}"),
+    "coherence_one": ("coherence from one", "{:.3f}"),
+    "coherence_more": ("from more", "{:.3f}"),
+    "coherence_joint": ("from the prior", "{:.3f}"),
+    "frechet": ("FD", "{:.1f}"),
+    "cosine": ("cosine", "{:.3f}"),
+    "gap_closed": ("gap closed", "{:.0%}"),
+    "log_likelihood": ("log p(X)", "{:,.0f}"),
+    "minutes": ("minutes", "{:.1f}"),
+}
 
 
 def results_table(manifest: Manifest) -> str:
@@ -36,14 +49,70 @@ def results_table(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
+def comparison_table(content: Mapping[str, Any]) -> str:
+    """Markdown of a results file of ``compare``: means over seeds and standard deviations, what was not measured left open."""
+    budget, rows = content["budget"], content["rows"]
+    size = f"{budget['rows_per_epoch']:,}" if budget["rows_per_epoch"] else "all"
+    seeds = sorted({row["seed"] for row in rows})
+    lines = [
+        f"`{content['name']}`: {budget['epochs']} epochs of {size} training rows for every model"
+        f"{' (a reduced budget)' if budget['reduced'] else ''}, {content['test_rows']:,} test rows, "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; `{content['command']}` wrote it.",
+        "",
+        f"| model | {' | '.join(title for title, _ in COLUMNS.values())} |",
+        f"| --- |{' --- |' * len(COLUMNS)}",
+    ]
+    for model, done in finished(content):
+        cells = []
+        for score, (_, form) in COLUMNS.items():
+            mean, std = average(done, score)
+            cells.append("" if mean is None else form.format(mean) + (f" ± {form.format(std)}" if std is not None else ""))
+        lines.append(f"| {TITLES[model]} | {' | '.join(cells)} |")
+    if wrong := [
+        f"{TITLES[row['model']]} with seed {row['seed']} ({row['status']})" for row in rows if row["status"] != "done"
+    ]:
+        lines += ["", f"Not in the table: {', '.join(wrong)}."]
+    return "\n".join(lines)
+
+
+def write_comparisons(readme: Path, results: Path) -> list[Path]:
+    """Put the tables of all results files into the README and draw their charts beside them; returns the charts.
+
+    Nothing is written while there are no results.
+
+    Raises:
+        ValueError: the README has no markers for them.
+    """
+    contents = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    if not contents:
+        return []
+    from training.charts import draw_charts  # noqa: PLC0415 - matplotlib comes with the extra dev alone
+
+    charts = []
+    sections = []
+    for content in contents:
+        charts += draw_charts(content, results)
+        named = ["scores", "refinement", *(f"grid-{model}" for model in TITLES)]
+        pictures = {name: results / f"{content['name']}-{name}.png" for name in named}
+        shown = [f"[{name}]({picture.as_posix()})" for name, picture in pictures.items() if picture.exists()]
+        sections.append("\n".join([comparison_table(content), "", f"Pictures: {', '.join(shown)}."]))
+    _write_section(readme, "comparison", "\n\n".join(sections))
+    return charts
+
+
 def write_results(readme: Path, manifest: Manifest) -> None:
-    """Put the table between the README's markers.
+    """Put the table of the built-in bundle between the README's markers.
 
     Raises:
         ValueError: the README has no such markers.
     """
+    _write_section(readme, "results", results_table(manifest))
+
+
+def _write_section(readme: Path, name: str, content: str) -> None:
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme}: lacks the markers {BEGIN} and {END}")
-    table = f"{BEGIN}\n{results_table(manifest)}\n{END}"
-    readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: table, text, flags=re.DOTALL), encoding="utf-8")
+    if begin not in text or end not in text:
+        raise ValueError(f"{readme}: lacks the markers {begin} and {end}")
+    section = f"{begin}\n{content}\n{end}"
+    readme.write_text(re.sub(f"{begin}.*{end}", lambda _: section, text, flags=re.DOTALL), encoding="utf-8")

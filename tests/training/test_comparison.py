@@ -1,0 +1,132 @@
+"""A whole comparison on the drawn digits, for real: rows that are done, one that fails, nothing run twice."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from training.__main__ import app
+from training.comparison import summary
+
+SUBSETS = ["digit", "photo", "word", "digit+photo", "digit+word", "photo+word", "digit+photo+word"]
+
+
+@pytest.fixture(scope="module")
+def compared(write_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Ours, a rival whose second seed is asked for later and joins, and one that fails."""
+    folder = tmp_path_factory.mktemp("compared")
+    stage = {"epochs": 1, "batch_size": 20}
+    config = write_config(folder / "tiny.toml", photo=True, joint=stage, refiner={**stage, "steps": 1}, align=stage)
+    options = ["compare", str(config), "--test-rows", "20", "--rows-per-epoch", "40"]
+    options += ["--out", str(folder / "runs"), "--results", str(folder / "results")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        (folder / "runs" / "mopoe-0").mkdir(parents=True)
+        (folder / "runs" / "mopoe-0" / "config.json").write_text("damaged")
+        first = CliRunner().invoke(app, [*options, "--models", "concord,mvae,mopoe", "--seeds", "0"])
+        assert first.exit_code == 0, first.output
+        before = (folder / "runs" / "concord-0" / "row.json").stat().st_mtime_ns
+        second = CliRunner().invoke(app, [*options, "--models", "mvae", "--seeds", "0,1"])
+        assert second.exit_code == 0, second.output
+        assert (folder / "runs" / "concord-0" / "row.json").stat().st_mtime_ns == before
+    return folder, config, first.stdout, json.loads((folder / "results" / "tiny-40.json").read_text())
+
+
+def test_every_row_says_what_became_of_it(compared: Any) -> None:
+    _, _, said, content = compared
+    rows = {(row["model"], row["seed"]): row for row in content["rows"]}
+    assert {key: row["status"] for key, row in rows.items()} == {
+        ("concord", 0): "done",
+        ("mvae", 0): "done",
+        ("mopoe", 0): "failed",
+        ("mvae", 1): "done",
+    }
+    assert "damaged" in rows["mopoe", 0]["error"]
+    assert "mopoe, seed 0: failed: RunError" in said
+
+
+def test_the_file_says_what_was_done(compared: Any) -> None:
+    _, config, _, content = compared
+    assert content["name"] == "tiny-40"
+    assert content["budget"] == {"rows_per_epoch": 40, "epochs": 3, "reduced": True}
+    assert content["command"] == (
+        f"python -m training compare {config} --models mvae --seeds 0,1 --test-rows 20 --rows-per-epoch 40"
+    )
+    assert [entry["file"] for entry in content["data"]] == [
+        f"{name}-{split}.parquet" for split in ("train", "test") for name in ("mnist", "mnist-m")
+    ]
+    assert all(len(entry["sha256"]) == 64 for entry in content["data"])
+
+
+def test_figures_of_every_model(compared: Any) -> None:
+    *_, content = compared
+    rows = {(row["model"], row["seed"]): row for row in content["rows"]}
+    for row in (rows["concord", 0], rows["mvae", 0]):
+        assert [name for name in row["probe"] if name != "joint"] == SUBSETS
+        assert list(row["coherence"]["cross"]) == SUBSETS[:-1]
+        assert row["coherence"]["cross"]["digit"].keys() == {"photo", "word"}
+        assert row["frechet"].keys() == {"photo", "word", "digit", "photo+word", "digit+word", "prior"}
+        assert all(-1 <= row["cosine"][name]["matched"] <= 1 for name in SUBSETS[:3])
+        assert math.isfinite(row["log_likelihood"]["joint"])
+        assert 1 <= row["log_likelihood"]["effective"] <= row["log_likelihood"]["samples"]
+        assert row["seconds"] > 0
+        assert row["peak_memory_bytes"] > 1e7
+    assert len(rows["concord", 0]["gap"]["closed_by_step"]) == 1 + 2
+    assert rows["concord", 0]["gap_closed"] == rows["concord", 0]["gap"]["closed_by_step"][1]
+    assert len(rows["concord", 0]["refined"]["coherence"]) == 1 + 2
+    assert rows["mvae", 0]["gap_closed"] is None
+
+
+def test_means_and_deviations_over_seeds(compared: Any) -> None:
+    *_, content = compared
+    done = [row for row in content["rows"] if row["model"] == "mvae"]
+    told = content["models"]["mvae"]
+    values = [row["probe"]["photo"] for row in done]
+    assert told["seeds"] == 2
+    assert told["mean"]["probe"]["photo"] == pytest.approx(statistics.fmean(values))
+    assert told["std"]["probe"]["photo"] == pytest.approx(statistics.stdev(values))
+    assert content["models"]["concord"]["std"]["probe"]["photo"] is None
+    assert "mopoe" not in content["models"]
+
+
+def test_figures_that_one_seed_lacks_have_no_mean() -> None:
+    rows = [{"model": "a", "seed": s, "status": "done", "gap_closed": v, "seconds": 1.0} for s, v in enumerate((None, 0.5))]
+    assert summary(rows)["a"]["mean"]["gap_closed"] is None
+    assert summary(rows)["a"]["mean"]["seconds"] == 1
+
+
+def test_a_grid_for_every_run(compared: Any) -> None:
+    folder, *_ = compared
+    for run in ("concord-0", "mvae-0"):
+        with Image.open(folder / "runs" / run / "grid.png") as grid:
+            assert grid.width > 8 * 36
+            assert grid.height > 6 * 3 * 36
+            assert len(grid.getcolors(1 << 20) or []) > 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--models", "concord,mvea"], "'mvea' is not among concord, jmvae"),
+        (["--seeds", "0,-1"], "whole numbers from 0"),
+        (["--seeds", ""], "whole numbers from 0"),
+    ],
+)
+def test_mistakes_are_answered(compared: Any, options: list[str], message: str) -> None:
+    _, config, *_ = compared
+    result = CliRunner().invoke(app, ["compare", str(config), *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_judges_that_cannot_be_fitted_end_it(write_config: Any, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.toml", photo=True, data={"folder": str(tmp_path)})
+    result = CliRunner().invoke(app, ["compare", str(config), "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "the judges could not be fitted: DataError" in result.stderr

@@ -1,0 +1,124 @@
+"""Tables and charts say what the results file says, and nothing is written while there is none."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from training.report import comparison_table, write_comparisons
+from training.scores import average, finished, scores
+
+README = "# Text\n<!-- comparison -->\nold\n<!-- /comparison -->\nmore\n"
+
+
+def row(model: str, seed: int, photo: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": model,
+        "seed": seed,
+        "status": "done",
+        "probe": {"digit": 0.9, "photo": photo, "digit+photo": 1.0, "joint": 1.0},
+        "coherence": {"cross": {"digit": {"photo": 0.5}, "photo": {"digit": 0.7}, "digit+photo": {"word": 0.8}}, "joint": 0.3},
+        "frechet": {"digit": {"photo": 10.0}, "photo": {"digit": 20.0}, "prior": {"photo": 99.0}},
+        "cosine": {"digit": {"matched": 0.8, "shuffled": 0.1}, "photo": {"matched": 0.6, "shuffled": 0.1}},
+        "gap": {"elbo_by_step": [-10.0, -8.0, -7.5], "elbo_adam": -7.0, "closed_by_step": [0, 0.66, 0.83]},
+        "gap_closed": 0.66,
+        "refined": {"coherence": [0.6, 0.7, 0.71], "milliseconds_per_step": 2.0},
+        "log_likelihood": {"joint": -1234.5},
+        "seconds": 90,
+        **changes,
+    }
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    rival = {"gap": None, "gap_closed": None, "refined": None}
+    return {
+        "name": "tiny-40",
+        "command": "python -m training compare tiny.toml",
+        "budget": {"rows_per_epoch": 4000, "epochs": 3, "reduced": True},
+        "test_rows": 2000,
+        "rows": [
+            row("mmvae", 0, 0.7, **rival),
+            row("concord", 0, 0.8),
+            row("concord", 1, 0.9),
+            {"model": "jnf", "seed": 0, "status": "failed", "error": "killed"},
+        ],
+    }
+
+
+def test_scores_are_means_of_their_kind() -> None:
+    assert scores(row("concord", 0, 0.8)) == pytest.approx(
+        {
+            "probe": 0.85,
+            "coherence_one": 0.6,
+            "coherence_more": 0.8,
+            "coherence_joint": 0.3,
+            "frechet": 15.0,
+            "cosine": 0.6,
+            "gap_closed": 0.66,
+            "log_likelihood": -1234.5,
+            "minutes": 1.5,
+        }
+    )
+
+
+def test_seeds_are_averaged_and_what_one_lacks_is_left_open(content: dict[str, Any]) -> None:
+    models = dict(finished(content))
+    assert list(models) == ["concord", "mmvae"]
+    assert average(models["concord"], "probe") == pytest.approx((0.875, statistics.stdev((0.85, 0.9))))
+    assert average(models["mmvae"], "probe") == (pytest.approx(0.8), None)
+    assert average(models["mmvae"], "gap_closed") == (None, None)
+
+
+def test_the_table(content: dict[str, Any]) -> None:
+    table = comparison_table(content)
+    assert "3 epochs of 4,000 training rows for every model (a reduced budget), 2,000 test rows, seeds 0, 1" in table
+    assert "`python -m training compare tiny.toml`" in table
+    concord, mmvae = (
+        next(line for line in table.splitlines() if line.startswith(f"| {name} |")) for name in ("Concord", "MMVAE")
+    )
+    assert concord.startswith("| Concord | 0.875 ± 0.035 | 0.600 ± 0.000 |")
+    assert "66% ± 0%" in concord
+    assert mmvae.startswith("| MMVAE | 0.800 | 0.600 |")
+    assert mmvae.endswith("|  | -1,234 | 1.5 |")
+    assert "Not in the table: JNF with seed 0 (failed)." in table
+
+
+def test_readme_and_charts(content: dict[str, Any], tmp_path: Path) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(README)
+    results.mkdir()
+    assert write_comparisons(readme, results) == []
+    assert readme.read_text() == README
+    (results / "tiny-40.json").write_text(json.dumps(content))
+    charts = write_comparisons(readme, results)
+    assert [chart.name for chart in charts] == ["tiny-40-scores.png", "tiny-40-refinement.png"]
+    for chart in charts:
+        assert chart.stat().st_size < 200_000
+        with Image.open(chart) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 20
+    text = readme.read_text()
+    assert text.startswith("# Text\n<!-- comparison -->\n`tiny-40`")
+    assert text.endswith("<!-- /comparison -->\nmore\n")
+    assert f"[scores]({results.as_posix()}/tiny-40-scores.png), [refinement]" in text
+    before = [chart.read_bytes() for chart in charts]
+    write_comparisons(readme, results)
+    assert [chart.read_bytes() for chart in charts] == before
+    assert readme.read_text() == text
+
+
+def test_a_model_that_does_not_refine_has_no_such_chart(content: dict[str, Any], tmp_path: Path) -> None:
+    content["rows"] = content["rows"][:1]
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "tiny-40.json").write_text(json.dumps(content))
+    assert [chart.name for chart in write_comparisons(tmp_path / "README.md", tmp_path)] == ["tiny-40-scores.png"]
+
+
+def test_a_readme_without_markers_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("text")
+    (tmp_path / "tiny-40.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="lacks the markers <!-- comparison -->"):
+        write_comparisons(tmp_path / "README.md", tmp_path)

@@ -1,0 +1,226 @@
+"""The comparison of models over seeds: every run in a process of its own, one row of results for each, resumable.
+
+A row that failed says why, one that was not run yet says so; neither stops the others. Rows are kept in the runs' folders, the
+results file is rewritten after every row.
+"""
+
+import itertools
+import json
+import logging
+import multiprocessing
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from model.modality import ImageModality
+from training import data
+from training.checkpoint import Run, write_atomically
+from training.config import Config, ConfigError, Model
+from training.evaluate import evaluate
+from training.export import code_revision
+from training.fit import fit, load
+from training.grid import draw_grid
+from training.measure import measure
+from training.metrics.judge import judges
+from training.progress import Progress
+
+ROW, FAILURE, GRID = "row.json", "failure.txt", "grid.png"
+FIGURES = (
+    "probe",
+    "coherence",
+    "frechet",
+    "cosine",
+    "gap",
+    "gap_closed",
+    "refined",
+    "log_likelihood",
+    "seconds",
+    "peak_memory_bytes",
+)
+
+
+class Plan(NamedTuple):
+    """What is compared."""
+
+    config: Config
+    """With the model and the seed of the file."""
+    models: Sequence[Model]
+    seeds: Sequence[int]
+    rows_per_epoch: int | None
+    """A reduced budget of updates, the same for all. None: the configuration's."""
+    test_rows: int
+
+    def settings(self, model: Model, seed: int) -> Config:
+        """The configuration of one run."""
+        changes: dict[str, Any] = {"model": model, "seed": seed}
+        if self.rows_per_epoch is not None:
+            changes["data"] = self.config.data.model_copy(update={"rows_per_epoch": self.rows_per_epoch})
+        return self.config.model_copy(update=changes)
+
+    @property
+    def name(self) -> str:
+        """Of the results: a reduced budget never overwrites the whole one."""
+        return self.config.name + (f"-{self.rows_per_epoch}" if self.rows_per_epoch is not None else "")
+
+
+def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: str, progress: Progress) -> dict[str, Any]:
+    """Run what is missing and write ``results``/<name>.json; returns its content.
+
+    ``rows`` has one entry a model and seed, with ``status`` done, failed (and ``error``) or missing; ``models`` the mean and
+    the standard deviation of the figures over the seeds that are done, of one seed no deviation. Rows of other models and seeds
+    stay where configuration, budget and number of test rows are the same.
+
+    Args:
+        folder: of the data, see ``data.load``.
+        out: a folder for each run, and the judges.
+        command: as typed, for the record.
+
+    Raises:
+        ConfigError: the judges could not be fitted.
+    """
+    file = results / f"{plan.name}.json"
+    head = {
+        "name": plan.name,
+        "command": command,
+        "code_revision": code_revision(),
+        "config_sha256": plan.settings("concord", plan.config.seed).sha256,
+        "budget": {
+            "rows_per_epoch": plan.rows_per_epoch or plan.config.data.rows_per_epoch,
+            "epochs": plan.config.joint.epochs + plan.config.refiner.epochs + plan.config.align.epochs,
+            "reduced": plan.rows_per_epoch is not None,
+        },
+        "test_rows": plan.test_rows,
+    }
+    rows = _kept(file, head)
+    asked = [(model, seed) for seed, model in itertools.product(plan.seeds, plan.models)]
+    for model, seed in asked:
+        rows[model, seed] = {"model": model, "seed": seed, "status": "missing"}
+    images = [out / f"judge-{m.name}.pt" for m in plan.config.modalities if isinstance(m, ImageModality)]
+    if not all(file.exists() for file in images) and (error := _isolated(_fit_judges, out, plan.config, folder)):
+        raise ConfigError(f"the judges could not be fitted: {error}")
+    for done, (model, seed) in enumerate(asked, start=1):
+        progress.say(f"{model}, seed {seed}: {done} of {len(asked)}")
+        rows[model, seed] = _row(plan, model, seed, folder, out)
+        content = {**head, "data": _data(rows.values()), "rows": list(rows.values()), "models": summary(list(rows.values()))}
+        results.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(content, indent=1) + "\n")
+    _publish_grids(plan, out, results)
+    return content
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{model: {seeds, mean, std}} over the rows that are done."""
+    found: dict[str, Any] = {}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        figures = [{key: row.get(key) for key in FIGURES} for row in rows if row["model"] == model and row["status"] == "done"]
+        if figures:
+            spread = _aggregate(figures, lambda v: statistics.stdev(v) if len(v) > 1 else None)
+            found[model] = {"seeds": len(figures), "mean": _aggregate(figures, statistics.fmean), "std": spread}
+    return found
+
+
+def _aggregate(values: Sequence[Any], statistic: Callable[[Sequence[float]], float | None]) -> Any:
+    """The statistic of every number, at its place among dictionaries and lists; None where a row has none."""
+    first = values[0]
+    if all(isinstance(value, dict) for value in values):
+        return {key: _aggregate([value.get(key) for value in values], statistic) for key in first}
+    if all(isinstance(value, list) and len(value) == len(first) for value in values):
+        return [_aggregate(part, statistic) for part in zip(*values, strict=True)]
+    return statistic(values) if all(isinstance(value, int | float) for value in values) else None
+
+
+def _kept(file: Path, head: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    if not file.exists():
+        return {}
+    content = json.loads(file.read_text())
+    same = all(content[key] == head[key] for key in ("config_sha256", "budget", "test_rows"))
+    return {(row["model"], row["seed"]): row for row in content["rows"]} if same else {}
+
+
+def _publish_grids(plan: Plan, out: Path, results: Path) -> None:
+    """Of every model's first seed, beside the results."""
+    for model in plan.models:
+        if (grid := out / f"{model}-{plan.seeds[0]}" / GRID).exists():
+            shutil.copyfile(grid, results / f"{plan.name}-grid-{model}.png")
+
+
+def _data(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was read, said once for all rows; a row that read other data counts as failed."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        found = found or row.get("data", [])
+        if row.get("data", found) != found:
+            row.update(status="failed", error="was run on other data: remove its folder to run it again")
+    return found
+
+
+def _row(plan: Plan, model: Model, seed: int, folder: Path | None, out: Path) -> dict[str, Any]:
+    settings, path = plan.settings(model, seed), out / f"{model}-{seed}"
+    file = path / ROW
+    told = {"config_sha256": settings.sha256, "test_rows": plan.test_rows}
+    if file.exists():
+        row: dict[str, Any] = json.loads(file.read_text())
+        if all(row[key] == value for key, value in told.items()):
+            return row
+    if error := _isolated(_run, path, settings, folder, out, plan.test_rows):
+        return {"model": model, "seed": seed, "status": "failed", "error": error}
+    return dict(json.loads(file.read_text()))
+
+
+def _run(path: Path, settings: Config, folder: Path | None, out: Path, test_rows: int) -> None:
+    train, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
+    run, progress = Run(path, settings), Progress()
+    model = load(settings, train, run) or fit(settings, train, run, progress)
+    who = judges(settings, train, out, progress)
+    figures = evaluate(settings, model, train, test, progress)
+    figures |= measure(settings, model, test, who, test_rows, progress)
+    draw_grid(model, next(test.batches(0, 8, 0, shuffle=True))).save(path / GRID, optimize=True)
+    cost = run.cost()
+    run.write(
+        ROW,
+        {
+            "model": settings.model,
+            "seed": settings.seed,
+            "status": "done",
+            "config_sha256": settings.sha256,
+            "code_revision": code_revision(),
+            "test_rows": test_rows,
+            "data": [source.model_dump() for source in (*train.sources, *test.sources)],
+            "parameters": sum(p.numel() for p in model.parameters()),
+            **figures,
+            "seconds": cost["seconds"],
+            "peak_memory_bytes": cost["peak_memory_bytes"],
+        },
+    )
+
+
+def _fit_judges(out: Path, config: Config, folder: Path | None) -> None:
+    judges(config, data.load(config, "train", folder), out, Progress())
+
+
+def _isolated(work: Callable[..., None], path: Path, *arguments: Any) -> str | None:
+    """Run in a process of its own, whose memory is its own figure and whose death is survived. Returns what went wrong."""
+    path.mkdir(parents=True, exist_ok=True)
+    failure = path / FAILURE
+    failure.unlink(missing_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=_guarded, args=(work, path, *arguments), daemon=True)
+    process.start()
+    process.join()
+    if process.exitcode == 0:
+        return None
+    return failure.read_text() if failure.exists() else f"the process ended with exit code {process.exitcode}"
+
+
+def _guarded(work: Callable[..., None], path: Path, *arguments: Any) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        work(path, *arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        logging.exception("%s failed", path)
+        write_atomically(path / FAILURE, f"{type(error).__name__}: {error}")
+        sys.exit(1)

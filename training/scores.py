@@ -1,0 +1,56 @@
+"""The few scores that tables and charts show, out of all figures of a comparison."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TITLES = {
+    "concord": "Concord",
+    "jmvae": "JMVAE-kl",
+    "mvae": "MVAE",
+    "mmvae": "MMVAE",
+    "mopoe": "MoPoE",
+    "mvtcae": "MVTCAE",
+    "jnf": "JNF",
+}
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def finished(content: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """The rows that are done, by model, in the order of ``TITLES``."""
+    by_model = [(m, [row for row in content["rows"] if row["model"] == m and row["status"] == "done"]) for m in TITLES]
+    return [(model, rows) for model, rows in by_model if rows]
+
+
+def average(rows: Rows, score: str) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of a score over rows; None where a row lacks it, no deviation of one row."""
+    values = [value for row in rows if (value := scores(row)[score]) is not None]
+    if len(values) < len(rows) or not values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def scores(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of one model and seed.
+
+    ``probe``: mean over the single modalities. ``coherence_one``, ``coherence_more``: mean over targets and sources of one, of
+    several modalities, sampled at temperature 1; ``coherence_joint``: from the prior. ``frechet``: mean over images and single
+    sources. ``cosine``: mean over modalities, what the shuffled control has taken off. ``log_likelihood``: log p(X) in nats.
+    """
+    cross, distances = row["coherence"]["cross"], row["frechet"]
+    return {
+        "probe": _mean([v for name, v in row.get("probe", {}).items() if "+" not in name and name != "joint"]),
+        "coherence_one": _mean([v for source, of in cross.items() if "+" not in source for v in of.values()]),
+        "coherence_more": _mean([v for source, of in cross.items() if "+" in source for v in of.values()]),
+        "coherence_joint": row["coherence"]["joint"],
+        "frechet": _mean([v for s, of in distances.items() if "+" not in s and s != "prior" for v in of.values()]),
+        "cosine": _mean([v["matched"] - v["shuffled"] for v in row["cosine"].values()]),
+        "gap_closed": row["gap_closed"],
+        "log_likelihood": row["log_likelihood"]["joint"],
+        "minutes": row["seconds"] / 60,
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
