@@ -11,11 +11,11 @@ export class Refusal extends Error {
     this.waitMs = waitMs;
   }
 
-  /** [name of a modality or of an option, what is wrong with it], for every fault the problem names. */
+  /** {modality or option, detail} for every fault that the problem names. */
   get faults() {
     return (this.problem.errors ?? []).map(({ pointer, detail }) => {
       const [, first, , third] = pointer.split("/").map((part) => part.replaceAll("~1", "/").replaceAll("~0", "~"));
-      return [first === "inputs" && third ? third : first, detail];
+      return first === "inputs" && third ? { modality: third, detail } : { option: first, detail };
     });
   }
 }
@@ -56,7 +56,11 @@ async function ask(path, request) {
     answer = await fetch(address(path), { ...request, headers });
     body = await answer.json();
   } catch {
-    throw new Refusal(0, { code: "no_answer", title: "No answer", detail: "the service cannot be reached: does it still run" }, 2000);
+    throw new Refusal(
+      0,
+      { code: "no_answer", title: "No answer", detail: "the service cannot be reached: does it still run" },
+      2000,
+    );
   }
   if (!answer.ok) {
     const told = body.error ? { code: body.error.code, title: "Refused", detail: body.error.message } : body;

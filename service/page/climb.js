@@ -48,8 +48,14 @@ export class Climb {
     const { objective, before, after, stopped, steps } = refinement;
     const climbed = objective === "elbo" ? "the full multimodal ELBO" : `the observed terms alone (no ${absent.join(", ")})`;
     const end = stopped === "steps" ? "" : `, stopped after ${steps}: ${stopped}`;
-    this.words.replaceChildren("Climbed ", element("b", {}, climbed), `: ${nats(before)} → ${nats(after)}, `,
-      element("b", {}, `+${(after - before).toFixed(1)} nats`), end, ".");
+    this.words.replaceChildren(
+      "Climbed ",
+      element("b", {}, climbed),
+      `: ${nats(before)} → ${nats(after)}, `,
+      element("b", {}, `+${(after - before).toFixed(1)} nats`),
+      end,
+      ".",
+    );
     return this.draw();
   }
 
@@ -60,12 +66,22 @@ export class Climb {
     const y = (value) => HEIGHT - 8 - ((HEIGHT - 24) * (value - low)) / (high - low || 1);
     const at = Math.min(steps, trace.length - 1);
     this.chart.replaceChildren(
-      ...Array.from({ length: most + 1 }, (_, step) => drawn("line", { x1: x(step), x2: x(step), y1: HEIGHT - 5, y2: HEIGHT, class: "axis" })),
-      ...(trace.length ? [
-        drawn("polyline", { points: trace.map((value, step) => `${x(step)},${y(value)}`).join(" "), class: "trace" }),
-        ...trace.map((value, step) => drawn("circle", { cx: x(step), cy: y(value), r: step === at ? 4.5 : 2, class: step === at ? "now" : "step" })),
-      ] : []));
-    this.chart.setAttribute("aria-label", trace.length ? `Objective by step: ${trace.map(nats).join(", ")} nats` : "Objective by step: none yet");
+      ...Array.from({ length: most + 1 }, (_, step) =>
+        drawn("line", { x1: x(step), x2: x(step), y1: HEIGHT - 5, y2: HEIGHT, class: "axis" }),
+      ),
+      ...(trace.length
+        ? [
+            drawn("polyline", { points: trace.map((value, step) => `${x(step)},${y(value)}`).join(" "), class: "trace" }),
+            ...trace.map((value, step) =>
+              drawn("circle", { cx: x(step), cy: y(value), r: step === at ? 4.5 : 2, class: step === at ? "now" : "step" }),
+            ),
+          ]
+        : []),
+    );
+    this.chart.setAttribute(
+      "aria-label",
+      trace.length ? `Objective by step: ${trace.map(nats).join(", ")} nats` : "Objective by step: none yet",
+    );
   }
 }
 

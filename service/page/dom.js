@@ -26,8 +26,13 @@ export function knob(label, { id, type = "range", min, max, step, value, format 
   const show = () => (shown.textContent = type === "range" ? format(Number(input.value)) : "");
   input.addEventListener("input", () => (show(), changed(Number(input.value))));
   show();
-  const whole = element("div", { class: "knob" }, element("label", { for: id }, label, shown), input,
-    element("p", { id: `${id}-fault`, class: "fault", hidden: true }));
+  const whole = element(
+    "div",
+    { class: "knob" },
+    element("label", { for: id }, label, shown),
+    input,
+    element("p", { id: `${id}-fault`, class: "fault", hidden: true }),
+  );
   return { whole, input, set: (number) => ((input.value = number), show()) };
 }
 

@@ -61,13 +61,31 @@ class Card {
     this.flaw = element("p", { class: "fault", role: "alert", hidden: true });
     this.state = element("span", { class: "state" });
     const id = `card-${modality.name}`;
-    const clear = element("button", {
-      type: "button", class: "quiet", "aria-label": `Leave ${modality.name} empty`,
-      onclick: () => (this.input.clear(), told()),
-    }, "Clear");
-    this.element = element("section", { class: `card ${modality.kind}`, "aria-labelledby": id },
-      element("header", {}, element("h3", { id }, modality.name), element("span", { class: "kind" }, describe(modality)), this.state, clear),
-      this.input.element, this.flaw, this.offer(samples, told));
+    const clear = element(
+      "button",
+      {
+        type: "button",
+        class: "quiet",
+        "aria-label": `Leave ${modality.name} empty`,
+        onclick: () => (this.input.clear(), told()),
+      },
+      "Clear",
+    );
+    this.element = element(
+      "section",
+      { class: `card ${modality.kind}`, "aria-labelledby": id },
+      element(
+        "header",
+        {},
+        element("h3", { id }, modality.name),
+        element("span", { class: "kind" }, describe(modality)),
+        this.state,
+        clear,
+      ),
+      this.input.element,
+      this.flaw,
+      this.offer(samples, told),
+    );
     this.element.addEventListener("drop", (event) => {
       const file = event.dataTransfer.files[0];
       if (file && this.input.take) this.input.take(file);
@@ -92,11 +110,22 @@ class Card {
     const { name } = this.modality;
     const values = [...new Map(samples.map((row) => [JSON.stringify(row[name]), row[name]])).values()].filter((v) => v !== "");
     const buttons = values.map((value, i) =>
-      element("button", {
-        type: "button", class: "sample", "aria-label": `sample ${i + 1} of ${name}`,
-        onclick: async () => (await this.input.set(value), told()),
-      }, preview(this.modality, value, i)));
-    return element("div", { class: "samples", role: "group", "aria-label": `Samples of ${name}`, hidden: !buttons.length }, ...buttons);
+      element(
+        "button",
+        {
+          type: "button",
+          class: "sample",
+          "aria-label": `sample ${i + 1} of ${name}`,
+          onclick: async () => (await this.input.set(value), told()),
+        },
+        preview(this.modality, value, i),
+      ),
+    );
+    return element(
+      "div",
+      { class: "samples", role: "group", "aria-label": `Samples of ${name}`, hidden: !buttons.length },
+      ...buttons,
+    );
   }
 }
 
@@ -114,7 +143,8 @@ function preview(modality, value, index) {
 
 function describe(modality) {
   const { kind, height, width, channels, size, length, unit, attributes, classes } = modality;
-  if (kind === "image") return `${width} × ${height} ${channels === 1 ? "grey" : channels === 3 ? "RGB" : `of ${channels} channels`}`;
+  if (kind === "image")
+    return `${width} × ${height} ${channels === 1 ? "grey" : channels === 3 ? "RGB" : `of ${channels} channels`}`;
   if (kind === "text") return `up to ${length} ${unit ?? "character"}s`;
   if (kind === "vector") return `${size} numbers`;
   return attributes ? `${attributes.length} attributes` : `one of ${classes.length}`;

@@ -13,14 +13,24 @@ export function examples(modalities, samples) {
   const plain = images.toSorted((a, b) => a.channels - b.channels)[0];
   const found = [];
   if (text && vivid) {
-    found.push({ title: `a ${text.name}, to ${list(images.map((m) => m.name))}`, give: named(row, text.name), compare: false, steps: 0 });
     found.push({
-      title: `a noisy ${vivid.name}, with and without its ${text.name}`, give: named(row, vivid.name, text.name),
-      noise: { [vivid.name]: 0.35 }, compare: true, steps: 0,
+      title: `a ${text.name}, to ${list(images.map((m) => m.name))}`,
+      give: named(row, text.name),
+      compare: false,
+      steps: 0,
+    });
+    found.push({
+      title: `a noisy ${vivid.name}, with and without its ${text.name}`,
+      give: named(row, vivid.name, text.name),
+      noise: { [vivid.name]: 0.35 },
+      compare: true,
+      steps: 0,
     });
   }
-  if (plain) found.push({ title: `a ${plain.name}, refined`, give: named(samples[1] ?? row, plain.name), compare: false, steps: 8 });
-  if (!found.length) found.push({ title: `${modalities[0].name} alone`, give: named(row, modalities[0].name), compare: false, steps: 0 });
+  if (plain)
+    found.push({ title: `a ${plain.name}, refined`, give: named(samples[1] ?? row, plain.name), compare: false, steps: 8 });
+  if (!found.length)
+    found.push({ title: `${modalities[0].name} alone`, give: named(row, modalities[0].name), compare: false, steps: 0 });
   return found;
 }
 

@@ -10,7 +10,12 @@ export class TextField {
   constructor(modality, changed) {
     const of = { "aria-label": modality.name, class: "wide" };
     this.input = modality.classes
-      ? element("select", { ...of, onchange: changed }, element("option", { value: "" }, "not given"), ...modality.classes.map((name) => element("option", {}, name)))
+      ? element(
+          "select",
+          { ...of, onchange: changed },
+          element("option", { value: "" }, "not given"),
+          ...modality.classes.map((name) => element("option", {}, name)),
+        )
       : element("input", { ...of, type: "text", spellcheck: "false", autocomplete: "off", oninput: changed });
     this.element = this.input;
   }
@@ -33,14 +38,27 @@ export class VectorField {
   constructor(modality, changed) {
     this.many = modality.size > MOST_CELLS;
     this.cells = this.many
-      ? [element("textarea", { rows: 5, class: "wide", "aria-label": `${modality.size} numbers of ${modality.name}`, oninput: changed })]
-      : Array.from({ length: modality.size }, (_, i) => element("input", { type: "text", inputmode: "decimal", "aria-label": `${modality.name} ${i}`, oninput: changed }));
+      ? [
+          element("textarea", {
+            rows: 5,
+            class: "wide",
+            "aria-label": `${modality.size} numbers of ${modality.name}`,
+            oninput: changed,
+          }),
+        ]
+      : Array.from({ length: modality.size }, (_, i) =>
+          element("input", { type: "text", inputmode: "decimal", "aria-label": `${modality.name} ${i}`, oninput: changed }),
+        );
     this.element = element("div", { class: this.many ? "" : "cells" }, ...this.cells);
   }
 
   value() {
-    const written = this.many ? this.cells[0].value.split(/[\s,]+/).filter(Boolean) : this.cells.map((cell) => cell.value.trim());
-    return written.some(Boolean) ? written.map((text) => (text !== "" && Number.isFinite(Number(text)) ? Number(text) : text || null)) : undefined;
+    const written = this.many
+      ? this.cells[0].value.split(/[\s,]+/).filter(Boolean)
+      : this.cells.map((cell) => cell.value.trim());
+    return written.some(Boolean)
+      ? written.map((text) => (text !== "" && Number.isFinite(Number(text)) ? Number(text) : text || null))
+      : undefined;
   }
 
   set(numbers) {
@@ -59,9 +77,18 @@ export class Switches {
   constructor(modality, changed) {
     this.given = false;
     this.switches = modality.attributes.map((name) =>
-      element("input", { type: "checkbox", role: "switch", name, onchange: () => ((this.given = true), this.mark(), changed()) }));
-    this.element = element("div", { class: "switches" },
-      ...this.switches.map((input) => element("label", { class: "check" }, input, input.name)));
+      element("input", {
+        type: "checkbox",
+        role: "switch",
+        name,
+        onchange: () => ((this.given = true), this.mark(), changed()),
+      }),
+    );
+    this.element = element(
+      "div",
+      { class: "switches" },
+      ...this.switches.map((input) => element("label", { class: "check" }, input, input.name)),
+    );
     this.mark();
   }
 

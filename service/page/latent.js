@@ -16,11 +16,18 @@ export class LatentMap {
     const most = Math.max(reaches[Math.floor(0.99 * (reaches.length - 1))] ?? 0, Math.abs(x) + PRIOR, Math.abs(y) + PRIOR);
     this.scale = SIZE / 2 / (REACH * most);
     this.posteriors = drawn("g");
-    this.figure = drawn("svg", { viewBox: `${-SIZE / 2} ${-SIZE / 2} ${SIZE} ${SIZE}`, class: "latent", role: "img" },
-      drawn("g", { class: "points" }, ...points.map(([x, y]) => drawn("circle", { cx: x * this.scale, cy: -y * this.scale, r: 1.6 }))),
+    this.figure = drawn(
+      "svg",
+      { viewBox: `${-SIZE / 2} ${-SIZE / 2} ${SIZE} ${SIZE}`, class: "latent", role: "img" },
+      drawn(
+        "g",
+        { class: "points" },
+        ...points.map(([x, y]) => drawn("circle", { cx: x * this.scale, cy: -y * this.scale, r: 1.6 })),
+      ),
       this.ellipse({ mean: centre.map(() => 0), log_var: centre.map(() => 0) }, "prior"),
       this.posteriors,
-      drawn("g", { class: "labels" }, ...this.names(points, labels)));
+      drawn("g", { class: "labels" }, ...this.names(points, labels)),
+    );
     place.replaceChildren(this.figure);
     this.show([], []);
   }
@@ -33,12 +40,18 @@ export class LatentMap {
       return drawn("text", { x, y: y - ry - 4, class: "name" }, subsets[i + 1].join(" + "));
     });
     const way = trail.map((mean) => this.place(mean).join(","));
-    this.posteriors.replaceChildren(...shapes, ...names,
+    this.posteriors.replaceChildren(
+      ...shapes,
+      ...names,
       way.length > 1 ? drawn("polyline", { points: way.join(" "), class: "trail" }) : "",
-      posteriors.length ? drawn("circle", { ...this.dot(posteriors[0].mean), r: 3.5, class: "mean" }) : "");
-    this.figure.setAttribute("aria-label", posteriors.length
-      ? `Map of the latent space with the posterior given ${subsets[0].join(" and ")}`
-      : "Map of the latent space with the prior");
+      posteriors.length ? drawn("circle", { ...this.dot(posteriors[0].mean), r: 3.5, class: "mean" }) : "",
+    );
+    this.figure.setAttribute(
+      "aria-label",
+      posteriors.length
+        ? `Map of the latent space with the posterior given ${subsets[0].join(" and ")}`
+        : "Map of the latent space with the prior",
+    );
   }
 
   project(mean) {
@@ -78,16 +91,7 @@ export class LatentMap {
     if (groups.size > 40) return [];
     const middle = (group, axis) => group.reduce((sum, point) => sum + point[axis], 0) / group.length;
     return [...groups].map(([label, group]) =>
-      drawn("text", { x: middle(group, 0) * this.scale, y: -middle(group, 1) * this.scale }, label));
+      drawn("text", { x: middle(group, 0) * this.scale, y: -middle(group, 1) * this.scale }, label),
+    );
   }
-}
-
-/** KL(posterior ‖ prior) in nats: what the evidence tells. */
-export function information({ mean, log_var }) {
-  return mean.reduce((sum, m, i) => sum + 0.5 * (m * m + Math.exp(log_var[i]) - 1 - log_var[i]), 0);
-}
-
-/** Geometric mean of the standard deviations; the prior's is 1. */
-export function spread({ log_var }) {
-  return Math.exp(log_var.reduce((sum, l) => sum + l / 2, 0) / log_var.length);
 }

@@ -20,7 +20,17 @@ export function cover(canvas, bitmap) {
   const [width, height] = [canvas.width / scale, canvas.height / scale];
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.drawImage(bitmap, (bitmap.width - width) / 2, (bitmap.height - height) / 2, width, height, 0, 0, canvas.width, canvas.height);
+  context.drawImage(
+    bitmap,
+    (bitmap.width - width) / 2,
+    (bitmap.height - height) / 2,
+    width,
+    height,
+    0,
+    0,
+    canvas.width,
+    canvas.height,
+  );
 }
 
 /** The bitmap of {media_type, data}. */
@@ -31,14 +41,24 @@ export function decode({ media_type, data }) {
 /** An element that shows a generated or sampled picture. */
 export function show(modality, value, label) {
   if (value.media_type) {
-    return element("img", { src: `data:${value.media_type};base64,${value.data}`, alt: label, decoding: "sync", width: modality.width, height: modality.height });
+    return element("img", {
+      src: `data:${value.media_type};base64,${value.data}`,
+      alt: label,
+      decoding: "sync",
+      width: modality.width,
+      height: modality.height,
+    });
   }
   return channels(modality, new Float32Array(bytes(value.data).buffer), label);
 }
 
 /** Channels that no eye has, side by side in grey. */
 function channels({ channels: count, width, height }, numbers, label) {
-  const canvas = element("canvas", { width: width * count, height, ...(label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" }) });
+  const canvas = element("canvas", {
+    width: width * count,
+    height,
+    ...(label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" }),
+  });
   const pixels = new ImageData(width * count, height);
   for (let at = 0; at < numbers.length; at++) {
     const [channel, y, x] = [Math.floor(at / (width * height)), Math.floor(at / width) % height, at % width];

@@ -13,10 +13,16 @@ export class Program {
     this.code = element("pre", { tabindex: 0, "aria-label": "Code", id: "lines" });
     this.copied = element("span", { role: "status", class: "hint" });
     place.replaceChildren(
-      element("div", { class: "choices" },
-        this.choice("call", Object.keys(CALLS)), this.choice("language", ["curl", "python"]),
-        element("button", { type: "button", id: "copy", onclick: () => this.copy() }, "Copy"), this.copied),
-      this.code);
+      element(
+        "div",
+        { class: "choices" },
+        this.choice("call", Object.keys(CALLS)),
+        this.choice("language", ["curl", "python"]),
+        element("button", { type: "button", id: "copy", onclick: () => this.copy() }, "Copy"),
+        this.copied,
+      ),
+      this.code,
+    );
   }
 
   /** @param bodies of the requests, by call. */
@@ -29,7 +35,10 @@ export class Program {
     const body = this.bodies[this.call];
     this.text = body ? (this.language === "curl" ? curl(this.call, body) : python(this.call, body)) : "";
     // The eye needs no base64; the clipboard has all of it.
-    this.code.textContent = this.text.replace(/[A-Za-z0-9+/=]{96,}/g, (data) => `${data.slice(0, 24)}…${data.length} characters…${data.slice(-8)}`);
+    this.code.textContent = this.text.replace(
+      /[A-Za-z0-9+/=]{96,}/g,
+      (data) => `${data.slice(0, 24)}…${data.length} characters…${data.slice(-8)}`,
+    );
   }
 
   async copy() {
@@ -45,14 +54,21 @@ export class Program {
   }
 
   choice(what, names) {
-    const buttons = names.map((name) => element("button", {
-      type: "button", "aria-pressed": String(name === this[what]),
-      onclick: () => {
-        this[what] = name;
-        buttons.forEach((button) => button.setAttribute("aria-pressed", String(button.textContent === name)));
-        this.draw();
-      },
-    }, name));
+    const buttons = names.map((name) =>
+      element(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": String(name === this[what]),
+          onclick: () => {
+            this[what] = name;
+            buttons.forEach((button) => button.setAttribute("aria-pressed", String(button.textContent === name)));
+            this.draw();
+          },
+        },
+        name,
+      ),
+    );
     return element("div", { class: "choice", role: "group", "aria-label": what }, ...buttons);
   }
 }
@@ -68,7 +84,9 @@ export function timings(place, { stages, ms }) {
     part.style.flexGrow = took;
     bar.append(part);
   }
-  const words = parts.map(([name, took]) => element("li", {}, name, " ", element("b", {}, `${took.toFixed(took < 10 ? 1 : 0)} ms`)));
+  const words = parts.map(([name, took]) =>
+    element("li", {}, name, " ", element("b", {}, `${took.toFixed(took < 10 ? 1 : 0)} ms`)),
+  );
   place.replaceChildren(bar, element("ul", { class: "stages" }, ...words));
 }
 
@@ -99,5 +117,7 @@ function literal(value) {
   if (value === null) return "None";
   if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
   if (typeof value !== "object") return JSON.stringify(value);
-  return `{${Object.entries(value).map(([name, inner]) => `${JSON.stringify(name)}: ${literal(inner)}`).join(", ")}}`;
+  return `{${Object.entries(value)
+    .map(([name, inner]) => `${JSON.stringify(name)}: ${literal(inner)}`)
+    .join(", ")}}`;
 }

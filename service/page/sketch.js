@@ -18,21 +18,46 @@ export class Sketch {
     this.nib = element("span", { class: "nib", hidden: true });
     const name = modality.name;
     Object.entries({
-      class: "sketch", tabindex: 0, role: "application",
+      class: "sketch",
+      tabindex: 0,
+      role: "application",
       "aria-label": `${name}: draw with the pointer, or move with the arrow keys and draw with space held down`,
     }).forEach(([key, value]) => this.canvas.setAttribute(key, value));
-    this.file = element("input", { type: "file", accept: "image/*", hidden: true, onchange: () => this.take(this.file.files[0]) });
-    this.ink = modality.channels === 3 ? element("input", { type: "color", value: "#e8b64c", "aria-label": `ink of ${name}` }) : null;
-    this.erasing = element("input", { type: "checkbox" });
-    this.level = knob("Noise", { id: `noise-${name}`, min: 0, max: 1, step: 0.05, value: 0, format: (n) => n.toFixed(2) }, (n) => {
-      this.noise = n;
-      this.touch();
+    this.file = element("input", {
+      type: "file",
+      accept: "image/*",
+      hidden: true,
+      onchange: () => this.take(this.file.files[0]),
     });
-    this.element = element("div", { class: "drawing" },
+    this.ink =
+      modality.channels === 3 ? element("input", { type: "color", value: "#e8b64c", "aria-label": `ink of ${name}` }) : null;
+    this.erasing = element("input", { type: "checkbox" });
+    this.level = knob(
+      "Noise",
+      { id: `noise-${name}`, min: 0, max: 1, step: 0.05, value: 0, format: (n) => n.toFixed(2) },
+      (n) => {
+        this.noise = n;
+        this.touch();
+      },
+    );
+    this.element = element(
+      "div",
+      { class: "drawing" },
       element("div", { class: "sheet" }, this.canvas, this.nib),
-      element("div", { class: "tools" },
-        element("button", { type: "button", class: "quiet", "aria-label": `Upload ${name}`, onclick: () => this.file.click() }, "Upload"), this.file,
-        element("label", { class: "check" }, this.erasing, "Erase"), this.ink, this.level.whole));
+      element(
+        "div",
+        { class: "tools" },
+        element(
+          "button",
+          { type: "button", class: "quiet", "aria-label": `Upload ${name}`, onclick: () => this.file.click() },
+          "Upload",
+        ),
+        this.file,
+        element("label", { class: "check" }, this.erasing, "Erase"),
+        this.ink,
+        this.level.whole,
+      ),
+    );
     this.listen();
     this.clear();
   }
@@ -132,7 +157,9 @@ export class Sketch {
       if (!step) return;
       event.preventDefault();
       held.add(event.key);
-      const to = [this.at[0] + step[0], this.at[1] + step[1]].map((v, i) => Math.min(Math.max(v, 0), i ? canvas.height : canvas.width));
+      const to = [this.at[0] + step[0], this.at[1] + step[1]].map((v, i) =>
+        Math.min(Math.max(v, 0), i ? canvas.height : canvas.width),
+      );
       if (held.has(" ")) this.stroke(to);
       this.at = to;
       this.nib.hidden = false;

@@ -19,7 +19,14 @@ function said(text, label) {
 /** Numbers around zero. */
 export function bars(numbers, label) {
   const most = Math.max(...numbers.map(Math.abs), 1e-9);
-  const list = element("div", { class: "bars", role: "img", "aria-label": `${label} ${numbers.slice(0, 64).map((n) => n.toFixed(2)).join(", ")}` });
+  const list = element("div", {
+    class: "bars",
+    role: "img",
+    "aria-label": `${label} ${numbers
+      .slice(0, 64)
+      .map((n) => n.toFixed(2))
+      .join(", ")}`,
+  });
   for (const number of numbers) {
     const one = element("i", { title: number.toFixed(3) });
     one.style.height = `${(50 * Math.abs(number)) / most}%`;
