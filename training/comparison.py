@@ -24,6 +24,7 @@ from training.export import code_revision
 from training.fit import fit, load
 from training.grid import draw_grid
 from training.measure import measure
+from training.metrics import frechet
 from training.metrics.judge import judges
 from training.progress import Progress
 
@@ -93,6 +94,7 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
             "reduced": plan.rows_per_epoch is not None,
         },
         "test_rows": plan.test_rows,
+        "frechet_features": frechet.FEATURES,
     }
     rows = _kept(file, head)
     asked = [(model, seed) for seed, model in itertools.product(plan.seeds, plan.models)]

@@ -45,6 +45,7 @@ def measure(
     ``coherence``: ``cross`` {source: {target: accuracy}} of samples from the posterior at temperature 1, ``cross_means`` of its
     mean, ``joint`` of samples from the prior.
     ``frechet``: {source: {image: distance}} between samples and the same number of real pictures, ``prior`` among the sources.
+    ``judges``: accuracy of the image judges on the real pictures of these rows, which bounds what coherence can say.
     ``refined``: of ours, the mean of ``cross`` over single sources by step of refinement with that one modality.
     ``cosine``: {modality: {matched, shuffled}} between means from one and from all modalities, the latter refined by ours.
     ``gap``: of complete rows in weighted nats, by refinement step, against the Adam limit; null where they are no Gaussians.
@@ -79,7 +80,7 @@ def _generated(model: Generative, batches: list[Batch], judges: Mapping[str, Jud
     generator = torch.Generator().manual_seed(0)
     hits: dict[str, dict[tuple[str, str], list[Tensor]]] = {"cross": {}, "cross_means": {}}
     features: dict[tuple[str, str], list[Tensor]] = {}
-    agreed = []
+    agreed, right = [], dict[str, list[Tensor]]()
     with progress.stage("generate", len(batches)) as advance:
         for done, batch in enumerate(batches, start=1):
             labels = batch.labels if batch.labels is not None else torch.full((len(batch.present),), UNKNOWN)
@@ -100,6 +101,9 @@ def _generated(model: Generative, batches: list[Batch], judges: Mapping[str, Jud
             for target, judge in judges.items():
                 _collect(features, "prior", target, judge, model.decode(target, prior))
                 _collect(features, "real", target, judge, batch.arrays[target])
+                if isinstance(judge, ImageJudge):
+                    known = batch.present[:, names.index(target)] & (labels != UNKNOWN)
+                    right.setdefault(target, []).append((judge.classify(batch.arrays[target]) == labels)[known])
             advance(done, {})
     coherence: dict[str, Any] = {
         kind: _nested({k: torch.cat(v).float().mean().item() for k, v in of.items()}) for kind, of in hits.items()
@@ -111,7 +115,8 @@ def _generated(model: Generative, batches: list[Batch], judges: Mapping[str, Jud
         for (source, target), made in rows.items()
         if source != "real"
     }
-    return {"coherence": coherence, "frechet": _nested(distances)}
+    sure = {target: torch.cat(parts).float().mean().item() for target, parts in right.items()}
+    return {"coherence": coherence, "frechet": _nested(distances), "judges": sure}
 
 
 def _collect(features: dict[tuple[str, str], list[Tensor]], source: str, target: str, judge: Judge, values: Tensor) -> None:

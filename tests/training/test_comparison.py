@@ -67,7 +67,9 @@ def test_the_file_says_what_was_done(compared: Any) -> None:
 def test_figures_of_every_model(compared: Any) -> None:
     *_, content = compared
     rows = {(row["model"], row["seed"]): row for row in content["rows"]}
+    assert content["frechet_features"] == "penultimate layer of the judge"
     for row in (rows["concord", 0], rows["mvae", 0]):
+        assert row["judges"].keys() == {"digit", "photo"}
         assert [name for name in row["probe"] if name != "joint"] == SUBSETS
         assert list(row["coherence"]["cross"]) == SUBSETS[:-1]
         assert row["coherence"]["cross"]["digit"].keys() == {"photo", "word"}
