@@ -51,7 +51,7 @@ def draft(file: Path, rows: int, guesses: Sequence[Guess]) -> str:
         "#   python -m training fit <this file>",
         "",
         f"name = {_toml(re.sub(r'[^a-z0-9_-]+', '-', file.stem.lower()).strip('-_')[:48] or 'own')}",
-        f"threads = {os.cpu_count() or 1}",
+        f"threads = {len(os.sched_getaffinity(0))}           # fewer where others use the machine: threads wait for each other",
         "",
     ]
     lines += [

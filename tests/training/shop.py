@@ -1,6 +1,7 @@
 """A small shop: photo, title, brand and measures of each article, of which 40 % are missing. Drawn here, with nulls and all."""
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,7 @@ def photo(colour: str, shape: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+if __name__ == "__main__":
+    write_shop(Path(sys.argv[1]))
