@@ -29,6 +29,7 @@ from training.metrics.judge import judges
 from training.progress import Progress
 
 ROW, FAILURE, GRID = "row.json", "failure.txt", "grid.png"
+GRID_ROWS = 6
 FIGURES = (
     "probe",
     "coherence",
@@ -179,7 +180,7 @@ def _run(path: Path, settings: Config, folder: Path | None, out: Path, test_rows
     who = judges(settings, train, out, progress)
     figures = evaluate(settings, model, train, test, progress)
     figures |= measure(settings, model, test, who, test_rows, progress)
-    draw_grid(model, next(test.batches(0, 8, 0, shuffle=True))).save(path / GRID, optimize=True)
+    draw_grid(model, next(test.batches(0, GRID_ROWS, 0, shuffle=True))).save(path / GRID, optimize=True)
     cost = run.cost()
     run.write(
         ROW,
@@ -189,10 +190,10 @@ def _run(path: Path, settings: Config, folder: Path | None, out: Path, test_rows
             "status": "done",
             "config_sha256": settings.sha256,
             "code_revision": code_revision(),
-            "test_rows": test_rows,
             "data": [source.model_dump() for source in (*train.sources, *test.sources)],
             "parameters": sum(p.numel() for p in model.parameters()),
             **figures,
+            "test_rows": test_rows,  # those asked for; the probe's are all there are
             "seconds": cost["seconds"],
             "peak_memory_bytes": cost["peak_memory_bytes"],
         },

@@ -40,7 +40,7 @@ def named_subsets(names: list[str]) -> dict[str, Tensor]:
 def measure(
     config: Config, model: Generative, test: Dataset, judges: Mapping[str, Judge], rows: int, progress: Progress
 ) -> dict[str, Any]:
-    """Figures by name, JSON values; ``probe`` alone is of ``evaluate``. On ``rows`` test rows, the same for all models.
+    """Figures by name, JSON values; ``probe`` is of ``evaluate``. On ``rows`` test rows, the same for all models.
 
     ``coherence``: ``cross`` {source: {target: accuracy}} of samples from the posterior at temperature 1, ``cross_means`` of its
     mean, ``joint`` of samples from the prior.
@@ -56,11 +56,8 @@ def measure(
     torch.set_num_threads(config.threads)
     model = model.eval().requires_grad_(False)
     began = time.perf_counter()
-    batches = []
-    for batch in test.batches(0, BATCH_ROWS, 0, shuffle=True):
-        batches.append(batch)
-        if len(batches) * BATCH_ROWS >= rows:
-            break
+    size = min(BATCH_ROWS, rows, len(test))
+    batches = [batch for _, batch in zip(range(rows // size), test.batches(0, size, 0, shuffle=True), strict=False)]
     figures: dict[str, Any] = {"rows": sum(len(batch.present) for batch in batches)}
     with torch.no_grad():
         figures |= _generated(model, batches, judges, progress)

@@ -8,6 +8,7 @@ import torch
 from model.vae.gaussian import standard_like
 from model.vae.multimodal import MultimodalVAE
 from training import config, data, fit, measure
+from training.baselines import jnf
 from training.data import Batch
 from training.measure import measure as measured
 from training.measure import named_subsets, refined_path
@@ -19,6 +20,7 @@ from training.progress import Progress
 def test_what_cannot_be_said_is_null(make_config: Any, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Of untrained models: a mixture has no gap of its family, a product of flows no density."""
     monkeypatch.setattr(measure, "LIKELIHOOD_SAMPLES", 16)
+    monkeypatch.setattr(jnf, "MOVES", 2)  # what chains reach has a test of its own
     settings = make_config(photo=True, model=model)
     test = data.load(settings, "test")
     word = {m.name: WordJudge(m, test.class_names) for m in test.modalities if m.name == "word"}
