@@ -103,11 +103,11 @@ def embed_dataset(
             settings.max_pixels,
         )
         parts, total = dataset.plan(job, source, output)
+        workers = workers or max(1, len(os.sched_getaffinity(0)) // threads)
+        results = bulk.run(job, parts, source, output, workers=workers, address=address) if parts else ()
+        done = list(track(results, "embedding", total=len(parts), console=Console(stderr=True), disable=not parts))
     except (BundleError, dataset.JobError) as error:
         _stop(str(error), FAILED)
-    workers = workers or max(1, len(os.sched_getaffinity(0)) // threads)
-    results = bulk.run(job, parts, source, output, workers=workers, address=address) if parts else ()
-    done = list(track(results, "embedding", total=len(parts), console=Console(stderr=True), disable=not parts))
     rows, failed = (sum(numbers) for numbers in zip(*done, strict=True)) if done else (0, 0)
     typer.echo(f"{rows} rows in {len(parts)} files, {failed} without embedding; {total - len(parts)} files were there already")
 

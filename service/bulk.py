@@ -9,7 +9,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray's default is to rep
 
 import ray
 
-from service.dataset import Embedder, Job, Part
+from service.dataset import Embedder, Job, JobError, Part
+from service.settings import PREFIX
+
+RETRIES = 3
+"""A part whose workers die once more would take one worker after the other, for ever."""
 
 
 class Worker:
@@ -26,7 +30,7 @@ class Worker:
 def run(
     job: Job, parts: Sequence[Part], source: str, output: str, *, workers: int, address: str | None = None
 ) -> Iterator[tuple[int, int]]:
-    """Do the parts, in any order. A worker that dies is replaced, and its part is done again.
+    """Do the parts, in any order. A worker that dies is replaced, and its part is done again, ``RETRIES`` times at most.
 
     Args:
         workers: processes, each with ``job.threads`` cores, and with a GPU where ``job.device`` is cuda.
@@ -34,6 +38,9 @@ def run(
 
     Yields:
         for each part, rows and rows without embedding.
+
+    Raises:
+        JobError: a part's workers die again and again.
     """
     gpus = 1 if job.device == "cuda" else 0
     if address is None:
@@ -49,8 +56,14 @@ def run(
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(parts))),
             num_cpus=job.threads,
             num_gpus=gpus,
+            max_task_retries=RETRIES,
         )
         for row in done.iter_rows():
             yield row["rows"], row["failed"]
+    except ray.exceptions.RayActorError:
+        raise JobError(
+            f"the workers of one part died {RETRIES + 1} times, often for want of memory. Lower {PREFIX}MAX_BATCH or --workers "
+            "and say the same command again. It goes on from here"
+        ) from None
     finally:
         ray.shutdown()

@@ -32,37 +32,41 @@ def picture(seed: int) -> bytes:
     return stream.getvalue()
 
 
+@contextlib.contextmanager
+def started(bundle: Bundle, source: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command over 3,000 rows in 20 parts."""
+    table = pa.table({"number": range(3000), "picture": [picture(i) for i in range(3000)]})
+    if not source.exists():
+        pq.write_table(table, source, row_group_size=150)
+    command = [sys.executable, "-m", "service", "--bundle", str(bundle.path), "embed-dataset", str(source), str(output)]
+    command += ["--column", "image=picture", "--workers", "2", "--refine-steps", "8"]
+    patient = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}  # where other work goes on
+    with subprocess.Popen(
+        command, env=os.environ | patient, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(condition: Callable[[], T], process: subprocess.Popen[str]) -> T:
+    deadline = time.monotonic() + 300
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
 def test_the_command_survives_a_killed_worker_and_its_own_death(tiny_bundle: Bundle, tmp_path: Path) -> None:
     """Real processes, by their command line: a minute or two."""
     source, output = tmp_path / "a.parquet", tmp_path / "output"
-    table = pa.table({"number": range(3000), "picture": [picture(i) for i in range(3000)]})
-    pq.write_table(table, source, row_group_size=150)
-    command = [sys.executable, "-m", "service", "--bundle", str(tiny_bundle.path), "embed-dataset", str(source), str(output)]
-    command += ["--column", "image=picture", "--workers", "2", "--refine-steps", "8"]
-
-    patient = os.environ | {"RAY_raylet_start_wait_time_s": "300"}  # where other work holds the machine
-
-    @contextlib.contextmanager
-    def started() -> Iterator[subprocess.Popen[str]]:
-        with subprocess.Popen(command, env=patient, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    def wait_for(condition: Callable[[], T], process: subprocess.Popen[str]) -> T:
-        deadline = time.monotonic() + 300
-        while not (found := condition()):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        return found
-
-    with started() as first:
+    with started(tiny_bundle, source, output) as first:
         wait_for(lambda: len(list(output.glob("*.parquet"))) >= 2, first)
         first.kill()
     assert 2 <= len(list(output.glob("*.parquet"))) < 20, "it was to be killed on its way"
-    with started() as second:
+    with started(tiny_bundle, source, output) as second:
         os.kill(wait_for(lambda: _busy_workers(second.pid), second)[0], signal.SIGKILL)
         told, _ = second.communicate(timeout=600)
     assert second.returncode == 0, told
@@ -70,6 +74,19 @@ def test_the_command_survives_a_killed_worker_and_its_own_death(tiny_bundle: Bun
     done = pq.read_table(output)
     assert sorted(done["number"].to_pylist()) == list(range(3000))
     assert done["error"].null_count == 3000
+
+
+def test_a_part_that_no_worker_survives_ends_the_job(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with started(tiny_bundle, tmp_path / "a.parquet", tmp_path / "output") as process:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            for worker in _busy_workers(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+            time.sleep(0.05)
+        told, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the workers of one part died 4 times" in told, told
 
 
 def _busy_workers(driver: int) -> list[int]:
