@@ -1,19 +1,21 @@
 """training/README.md says what is so: its commands are run, from a Parquet file to the answers of a service."""
 
+import contextlib
 import json
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from typer.testing import CliRunner
 
 from tests.server import ROOT, running
 from tests.training.shop import write_shop
+from training.__main__ import app
 
 TUTORIAL = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.partition("#")[0].strip() for line in re.search(r"```sh\n(.*?)```", TUTORIAL, re.DOTALL)[1].splitlines()]  # type: ignore[index]
@@ -25,25 +27,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the commands were run, all but the last, which serves. Training is cut short: its length is no part of the page."""
     folder = tmp_path_factory.mktemp("shop")
     write_shop(folder / "shop.parquet")
-    for command in COMMANDS[:-1]:
-        words = shlex.split(command)
-        assert words[:3] == ["python", "-m", "training"]
-        done = subprocess.run(
-            [sys.executable, *words[1:]],
-            cwd=folder,
-            env={"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=500,
-        )
-        assert done.returncode == 0, done.stderr
-        if words[3] == "init":
-            drafted = folder / "shop.toml"
-            shorter = re.sub(r"epochs = \d+", "epochs = 2", drafted.read_text())
-            drafted.write_text(
-                re.sub(r"threads = \d+", "threads = 1", shorter)
-            )  # two wait for each other where tests share cores
+    with contextlib.chdir(folder):
+        for command in COMMANDS[:-1]:
+            words = shlex.split(command)
+            assert words[:3] == ["python", "-m", "training"]
+            done = CliRunner().invoke(app, words[3:])
+            assert done.exit_code == 0, done.output
+            if words[3] == "init":
+                drafted = folder / "shop.toml"
+                shorter = re.sub(r"epochs = \d+", "epochs = 2", drafted.read_text())
+                drafted.write_text(re.sub(r"threads = \d+", "threads = 1", shorter))  # two wait for each other on shared cores
     return folder
 
 
