@@ -11,9 +11,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from model.bundle import Bundle
+from model.modality import CategoricalModality, ImageModality
 from model.runtime import Runtime
 from service.app import create
-from service.dataset import Embedder, Job, JobError, plan
+from service.dataset import Embedder, Job, JobError, _column, plan
 from service.settings import Settings
 
 COLUMNS = {"image": "picture", "text": "caption", "vector": "sensors", "binary": "marks"}
@@ -162,3 +163,13 @@ def test_a_taken_column_and_an_empty_folder_are_refused(job: Job, tmp_path: Path
     pq.write_table(rows(1).append_column("error", pa.array(["x"])), tmp_path / "a.parquet")
     with pytest.raises(JobError, match="column error already"):
         plan(job, str(tmp_path / "a.parquet"), str(tmp_path / "output"))
+
+
+def test_classes_are_strings_and_pictures_that_no_file_holds_are_numbers() -> None:
+    brand = CategoricalModality(name="brand", classes=("acme", "zenith"))
+    assert _column(brand, [np.array([0.2, 0.8], np.float32), None]).to_pylist() == ["zenith", None]
+    scan = ImageModality(name="scan", channels=2, height=2, width=2)
+    numbers = np.linspace(0, 1, 8, dtype=np.float32)
+    column = _column(scan, [None, numbers.reshape(scan.shape)])
+    assert column.type == pa.list_(pa.float32(), 8)
+    assert column.to_pylist() == [None, numbers.tolist()]
