@@ -139,7 +139,7 @@ def _kept(file: Path, head: Mapping[str, Any]) -> dict[tuple[str, int], dict[str
     if not file.exists():
         return {}
     content = json.loads(file.read_text())
-    same = all(content[key] == head[key] for key in ("config_sha256", "budget", "test_rows"))
+    same = all(content.get(key) == head[key] for key in ("config_sha256", "budget", "test_rows"))
     return {(row["model"], row["seed"]): row for row in content["rows"]} if same else {}
 
 
