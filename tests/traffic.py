@@ -17,6 +17,8 @@ from PIL import Image
 
 MOST_OPEN = 4000
 TIMEOUT_SECONDS = 60.0
+IDLE_SECONDS = 30.0
+"""A connection that rested longer is not used again: the server might just be closing it."""
 SEVEN = {"inputs": [{"word": "seven"}]}
 
 
@@ -36,7 +38,7 @@ class Connections:
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._idle: deque[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = deque()
+        self._idle: deque[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = deque()
 
     async def __aenter__(self) -> "Connections":
         return self
@@ -76,13 +78,14 @@ class Connections:
         if b"connection: close" in head:
             await _close(writer)
         else:
-            self._idle.append((reader, writer))
+            self._idle.append((reader, writer, time.monotonic()))
         return int(head.split(b" ", 2)[1]), body
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         while self._idle:
-            reader, writer = self._idle.pop()
-            if not reader.at_eof() and not writer.is_closing():
+            reader, writer, since = self._idle.pop()
+            rested = time.monotonic() - since
+            if not reader.at_eof() and not writer.is_closing() and rested < IDLE_SECONDS:
                 return reader, writer
             await _close(writer)
         return await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
