@@ -236,7 +236,15 @@ def _convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[
         value.name = name
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
-    return onnx_ir.to_proto(model)
+    return _without_traces(onnx_ir.to_proto(model))
+
+
+def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop what the exporter notes beside each node: its stack of source files, which tells of the machine it ran on."""
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return model
 
 
 def _share_weights(graph: onnx.ModelProto, file: Path, weights: Mapping[str, Tensor]) -> onnx.ModelProto:

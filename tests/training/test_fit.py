@@ -262,6 +262,11 @@ def wait_for(run: Path, stage: int, step: int, process: subprocess.Popen[bytes])
     pytest.fail(f"never logged stage {stage}, step {step}")
 
 
+def heed_interrupts() -> None:
+    """A shell's background job, and all that it starts, ignores Ctrl-C; the tests may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_process_killed_again_and_again_ends_with_the_same_numbers(
     make_config: Any, write_config: Any, tmp_path: Path
 ) -> None:
@@ -282,7 +287,14 @@ def test_a_process_killed_again_and_again_ends_with_the_same_numbers(
     command = [sys.executable, "-m", "training", "fit", str(file), "--out", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     for stage, step, kill in [(0, 200, signal.SIGKILL), (1, 50, signal.SIGINT), (2, 50, signal.SIGKILL)]:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            preexec_fn=heed_interrupts,  # noqa: PLW1509 - it takes no lock
+        )
         wait_for(run, stage, step, process)
         time.sleep(dice.uniform(0, 0.1))
         process.send_signal(kill)
