@@ -32,7 +32,8 @@ from model.modality import CategoricalModality, ImageModality, Modality, TextMod
 
 FORMAT = 2
 """The newest that is read. Written is the oldest that can tell of the bundle's modalities: 1 knows images of one or three
-channels, texts of characters, vectors and attributes; 2 came with words, unknown characters, classes and any other image."""
+channels, texts of characters, vectors and attributes; 2 came with words, unknown characters, texts
+that are cut or shifted, classes and any other image."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"

@@ -19,7 +19,7 @@ from training.metrics.attributes import mean_average_precision
 from training.metrics.probe import linear_probe
 from training.metrics.refinement import JUDGE_SAMPLES, refined_elbos
 from training.metrics.retrieval import recall_at
-from training.objectives import every_subset
+from training.objectives import every_subset, named_subsets
 from training.posteriors import posteriors
 from training.progress import Progress
 from training.sources import UNKNOWN
@@ -65,8 +65,8 @@ def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, pro
 def probed_subsets(names: Sequence[str]) -> dict[str, Tensor]:
     """Subsets by the names of their modalities; of more than four modalities the single ones, all but one, and all."""
     count = len(names)
-    masks = [mask for mask in every_subset(count) if count <= ALL_SUBSETS or int(mask.sum()) in (1, count - 1, count)]
-    return {"+".join(name for name, bit in zip(names, mask, strict=True) if bit): mask for mask in masks}
+    few = (1, count - 1, count)
+    return {name: mask for name, mask in named_subsets(names).items() if count <= ALL_SUBSETS or int(mask.sum()) in few}
 
 
 def across(vae: Generative, test: Dataset) -> dict[str, Any]:

@@ -101,30 +101,15 @@ def model_card(config: Config, sources: list[DataSource], figures: dict[str, Any
         "",
     ]
     if "probe" in figures:
-        lines += [
-            "Accuracy of a logistic regression on the posterior means of 500 training rows:",
-            "",
-            "| embedding of | accuracy |",
-        ]
-        lines += ["| --- | --- |", *(f"| {name} | {value:.3f} |" for name, value in figures["probe"].items()), ""]
+        lines += ["Accuracy of a logistic regression on the posterior means of 500 training rows:", ""]
+        lines += _table(["embedding of", "accuracy"], [[name, f"{value:.3f}"] for name, value in figures["probe"].items()])
     if "retrieval" in figures:
         lines += ["Recall of a test row by another of its modalities, by cosine similarity of the means:", ""]
-        lines += ["| query | gallery | rows | recall@1 | recall@10 |", "| --- | --- | --- | --- | --- |"]
-        lines += [
-            f"| {query} | {gallery} | {found['rows']} | {found['recall@1']:.3f} | {found['recall@10']:.3f} |"
-            for query, galleries in figures["retrieval"].items()
-            for gallery, found in galleries.items()
-        ]
-        lines += [""]
+        lines += _nested_table(["query", "gallery"], {"recall@1": "recall@1", "recall@10": "recall@10"}, figures["retrieval"])
     if "attributes" in figures:
         lines += ["Attributes decoded from other modalities:", ""]
-        lines += ["| attributes | from | rows | mean average precision | by chance |", "| --- | --- | --- | --- | --- |"]
-        lines += [
-            f"| {name} | {source} | {found['rows']} | {found['map']:.3f} | {found['chance']:.3f} |"
-            for name, sources in figures["attributes"].items()
-            for source, found in sources.items()
-        ]
-        lines += [""]
+        titles = {"map": "mean average precision", "chance": "by chance"}
+        lines += _nested_table(["attributes", "from"], titles, figures["attributes"])
     refinement = figures["refinement"]
     lines += [
         f"Refinement of complete rows, {refinement['steps']} steps: the ELBO goes from {refinement['elbo_before']:.1f} to "
@@ -136,3 +121,18 @@ def model_card(config: Config, sources: list[DataSource], figures: dict[str, Any
         "The model knows only what the data above shows. Anything else gets an embedding too, and it means nothing.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _nested_table(keys: list[str], titles: dict[str, str], told: dict[str, dict[str, Any]]) -> list[str]:
+    """A row for each pair of ``keys``: on how many test rows, and the figures that ``titles`` names."""
+    rows = [
+        [outer, inner, str(found["rows"]), *(f"{found[figure]:.3f}" for figure in titles)]
+        for outer, inners in told.items()
+        for inner, found in inners.items()
+    ]
+    return _table([*keys, "rows", *titles.values()], rows)
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, and the empty one after it."""
+    return [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows)] + [""]

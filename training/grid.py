@@ -11,7 +11,7 @@ from model import codec
 from model.modality import ImageModality, Modality, TextModality
 from model.vae.generative import Generative
 from training.data import Batch
-from training.measure import named_subsets
+from training.objectives import named_subsets
 from training.posteriors import posteriors
 
 TILE, GAP, MARGIN, BLOCK = 36, 2, 96, 10  # pixels

@@ -19,7 +19,7 @@ from training.metrics.cosine import cosine
 from training.metrics.gap import adam_limit, elbos, gap_closed
 from training.metrics.judge import ImageJudge, Judge
 from training.metrics.likelihood import log_likelihood
-from training.objectives import every_subset
+from training.objectives import every_subset, named_subsets
 from training.posteriors import GaussianPosterior, posteriors
 from training.progress import Progress
 from training.sources import UNKNOWN
@@ -29,12 +29,6 @@ LIKELIHOOD_ROWS, LIKELIHOOD_SAMPLES = 250, 256
 GAP_ROWS = 100
 
 Subsets = Mapping[str, Bool[Tensor, " modality"]]
-
-
-def named_subsets(names: list[str]) -> dict[str, Tensor]:
-    """Every subset by the names of its modalities, joined by +: single ones first, all last."""
-    masks = every_subset(len(names))
-    return {"+".join(n for n, bit in zip(names, mask.tolist(), strict=True) if bit): mask for mask in masks}
 
 
 def measure(

@@ -1,5 +1,6 @@
 """The terms that the stages add up: pure functions giving a number for each row, in (weighted) nats."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,3 +93,9 @@ def every_subset(modalities: int) -> Bool[Tensor, "subset modality"]:
     """All non-empty subsets as masks: single modalities first, all modalities last."""
     masks = [[bool(code >> m & 1) for m in range(modalities)] for code in range(1, 2**modalities)]
     return torch.tensor(sorted(masks, key=lambda mask: (sum(mask), [not bit for bit in mask])))
+
+
+def named_subsets(names: Sequence[str]) -> dict[str, Bool[Tensor, " modality"]]:
+    """``every_subset`` by the names of its modalities, joined by +."""
+    masks = every_subset(len(names))
+    return {"+".join(name for name, bit in zip(names, mask.tolist(), strict=True) if bit): mask for mask in masks}

@@ -62,9 +62,7 @@ def _shifted(
     length = terms.shape[1]
     places = torch.arange(length, device=terms.device)
     # (decoded place, observed place, shift): 1 where they meet. One product with it sums each shift's diagonal.
-    meet = (places[:, None, None] + places == places[:, None]).to(terms.dtype) + (
-        places[:, None, None] + places == places[:, None] + length
-    ).to(terms.dtype)
+    meet = ((places[:, None, None] + places) % length == places[:, None]).to(terms.dtype)
     by_shift = (terms @ chosen.transpose(1, 2)).flatten(1) @ meet.flatten(0, 1)
     # The logarithm of a sum of exponentials, as the difference from any one of the terms.
     return by_shift[:, 0] - torch.log_softmax(by_shift, dim=1)[:, 0] - math.log(length)

@@ -11,8 +11,9 @@ from training import config, data, fit, measure
 from training.baselines import jnf
 from training.data import Batch
 from training.measure import measure as measured
-from training.measure import named_subsets, refined_path
+from training.measure import refined_path
 from training.metrics.judge import WordJudge
+from training.objectives import named_subsets
 from training.progress import Progress
 
 
