@@ -259,7 +259,8 @@ def _print_figures(figures: dict[str, Any]) -> None:
             console.print(f"{query} finds its {gallery} among {found['rows']:,}: {recalls}", markup=False)
     for name, sources in figures.get("attributes", {}).items():
         for source, found in sources.items():
-            told = f"mean average precision {found['map']:.3f}, by chance {found['chance']:.3f}, {found['rows']:,} rows"
+            told = f"mean average precision {found['map']:.3f}, by chance {found['chance']:.3f}; "
+            told += f"F1 {found['f1']:.3f}, by chance {found['f1_chance']:.3f}; {found['rows']:,} rows"
             console.print(f"{name} from {source}: {told}", markup=False)
     if refinement := figures.get("refinement"):
         console.print(

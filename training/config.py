@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from model.modality import Modality, TextModality
+from model.modality import ImageModality, Modality, TextModality
 
 
 class ConfigError(Exception):
@@ -90,6 +90,10 @@ class Data(_Table):
     """row: the rows of the one source. class: rows of the first source, each with random rows of the others of its class."""
     random_offset: tuple[str, ...] = ()
     """Text modalities placed at random inside their length, anew each epoch."""
+    random_flip: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
+    """Image modalities mirrored left to right in half of the rows, drawn anew each epoch."""
+    rows: Literal["all", "complete"] = Field(default="all", exclude_if=lambda which: which == "all")
+    """Training rows: all with what each has, or only those that lack nothing. All test rows are tested on either way."""
     class_names: tuple[str, ...] | None = None
     """In the order of the label numbers. None: the names that the sources give."""
     rows_per_epoch: PositiveInt | None = None
@@ -190,6 +194,9 @@ class Config(_Table):
         texts = [m.name for m in self.modalities if isinstance(m, TextModality)]
         if wrong := [name for name in self.data.random_offset if name not in texts]:
             raise ValueError(f"data.random_offset names {wrong}, the text modalities are {texts}")
+        images = [m.name for m in self.modalities if isinstance(m, ImageModality)]
+        if wrong := [name for name in self.data.random_flip if name not in images]:
+            raise ValueError(f"data.random_flip names {wrong}, the image modalities are {images}")
         if self.data.pairing == "row" and len(self.data.sources) > 1:
             raise ValueError(
                 f'data.pairing = "row" takes the rows of one source, received {len(self.data.sources)}: '

@@ -108,7 +108,7 @@ def model_card(config: Config, sources: list[DataSource], figures: dict[str, Any
         lines += _nested_table(["query", "gallery"], {"recall@1": "recall@1", "recall@10": "recall@10"}, figures["retrieval"])
     if "attributes" in figures:
         lines += ["Attributes decoded from other modalities:", ""]
-        titles = {"map": "mean average precision", "chance": "by chance"}
+        titles = {"map": "mean average precision", "chance": "by chance", "f1": "F1", "f1_chance": "F1 by chance"}
         lines += _nested_table(["attributes", "from"], titles, figures["attributes"])
     refinement = figures["refinement"]
     lines += [

@@ -72,7 +72,7 @@ def alignment(
     Teacher first: the student covers all that the teacher allows, and where it lacks evidence matches the teacher's moments
     on average. A row contributes where it has some of the subset's modalities; the term is zero elsewhere.
     """
-    features = vae.aligned.features(batch.arrays)
+    features = vae.aligned.features(batch.arrays, batch.present)
     divergences, students = [], []
     for subset in subsets:
         seen = batch.present & subset

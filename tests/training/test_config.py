@@ -93,6 +93,7 @@ def test_a_source_may_stand_on_the_hub() -> None:
         ('word = "label"', 'words = "label"', r"columns name \['words'\], the modalities are \['digit', 'word'\]"),
         (', word = "label"', "", r"each modality needs exactly one column among \[\[data\.sources\]\]: word has 0"),
         ('pairing = "row"', 'pairing = "row"\nrandom_offset = ["digit"]', r"random_offset names \['digit'\].*\['word'\]"),
+        ('pairing = "row"', 'pairing = "row"\nrandom_flip = ["word"]', r"random_flip names \['word'\].*\['digit'\]"),
         ('"row"', '"class"', r'data\.pairing = "class" needs a label column in every'),
         ('name = "small"', "name = small", r"run\.toml: not TOML \(Invalid value.*line 2"),
     ],
