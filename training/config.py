@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -165,7 +166,8 @@ class Config(_Table):
     model: Model = Field(default="concord", exclude_if=lambda model: model == "concord")
     """Ours, or a rival on the same terms (``baselines``). Ours is left out of what is hashed: older runs keep their hash."""
     seed: NonNegativeInt = 0
-    threads: PositiveInt = 2
+    threads: PositiveInt | None = None
+    """Of PyTorch. None: as many as the process may use cores. Other numbers of threads round otherwise."""
     precision: Literal["bfloat16", "float32"] = "float32"
     modalities: tuple[Modality, ...] = Field(min_length=2, max_length=8)
     data: Data
@@ -174,6 +176,11 @@ class Config(_Table):
     joint: Joint = Joint()
     refiner: Refiner = Refiner()
     align: Align = Align()
+
+    @property
+    def thread_count(self) -> int:
+        """``threads``, counted."""
+        return self.threads or len(os.sched_getaffinity(0))
 
     @property
     def sha256(self) -> str:

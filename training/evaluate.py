@@ -44,7 +44,7 @@ def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, pro
     ``attributes``: {binary modality: {source: {rows, map, chance, f1, f1_chance}}}, of what is decoded from the mean of another
     modality, or of all others (``others``); by chance: every row is told what share of these rows has each attribute.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.thread_count)
     vae = vae.eval().requires_grad_(False)
     figures: dict[str, Any] = {"test_rows": len(test)}
     if train.has_labels:

@@ -51,7 +51,7 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Generati
     Raises:
         DivergenceError: a loss or a weight that is not finite; the last checkpoint is from before it.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.thread_count)
     vae = build(config, data)
     plan = _plan(vae, config)
     position, optimizer_state = Position(), None

@@ -47,7 +47,7 @@ def measure(
     ``log_likelihood``: plain nats: ``joint`` log p(X), ``conditional`` {source: log p(the others | source)}, and ``effective``,
     the effective samples of ``joint`` among ``samples``; null where the posterior has no density.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.thread_count)
     model = model.eval().requires_grad_(False)
     began = time.perf_counter()
     size = min(BATCH_ROWS, rows, len(test))
