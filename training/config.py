@@ -92,6 +92,8 @@ class Data(_Table):
     """Text modalities placed at random inside their length, anew each epoch."""
     random_flip: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
     """Image modalities mirrored left to right in half of the rows, drawn anew each epoch."""
+    random_shift: dict[str, PositiveInt] = Field(default={}, exclude_if=lambda shifts: not shifts)
+    """Image modalities moved by up to so many pixels in each direction, drawn anew each epoch."""
     rows: Literal["all", "complete"] = Field(default="all", exclude_if=lambda which: which == "all")
     """Training rows: all with what each has, or only those that lack nothing. All test rows are tested on either way."""
     class_names: tuple[str, ...] | None = None
@@ -195,8 +197,9 @@ class Config(_Table):
         if wrong := [name for name in self.data.random_offset if name not in texts]:
             raise ValueError(f"data.random_offset names {wrong}, the text modalities are {texts}")
         images = [m.name for m in self.modalities if isinstance(m, ImageModality)]
-        if wrong := [name for name in self.data.random_flip if name not in images]:
-            raise ValueError(f"data.random_flip names {wrong}, the image modalities are {images}")
+        for key in ("random_flip", "random_shift"):
+            if wrong := [name for name in getattr(self.data, key) if name not in images]:
+                raise ValueError(f"data.{key} names {wrong}, the image modalities are {images}")
         if self.data.pairing == "row" and len(self.data.sources) > 1:
             raise ValueError(
                 f'data.pairing = "row" takes the rows of one source, received {len(self.data.sources)}: '

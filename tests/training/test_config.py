@@ -94,6 +94,7 @@ def test_a_source_may_stand_on_the_hub() -> None:
         (', word = "label"', "", r"each modality needs exactly one column among \[\[data\.sources\]\]: word has 0"),
         ('pairing = "row"', 'pairing = "row"\nrandom_offset = ["digit"]', r"random_offset names \['digit'\].*\['word'\]"),
         ('pairing = "row"', 'pairing = "row"\nrandom_flip = ["word"]', r"random_flip names \['word'\].*\['digit'\]"),
+        ('pairing = "row"', 'pairing = "row"\nrandom_shift = { word = 2 }', r"random_shift names \['word'\].*\['digit'\]"),
         ('"row"', '"class"', r'data\.pairing = "class" needs a label column in every'),
         ('name = "small"', "name = small", r"run\.toml: not TOML \(Invalid value.*line 2"),
     ],
