@@ -128,6 +128,9 @@ class Stage(_Table):
     batch_size: PositiveInt = 256
     learning_rate: PositiveFloat = 1e-3
     """Highest of the stage: it rises over the first steps and falls to zero along a cosine."""
+    weight_decay: float = Field(default=0, ge=0, exclude_if=lambda decay: decay == 0)
+    """Share of every weight lost a step, times the learning rate (Loshchilov & Hutter 2019): for few rows, against learning
+    them by heart."""
 
 
 class Joint(Stage):

@@ -59,7 +59,7 @@ class Dataset:
         self._partners = [_Partners(tables[0], table) for table in tables[1:]] if data.pairing == "class" else []
         self._free = {name: _free_characters(self.columns[name].values) for name in data.random_offset}
         self._varied = {
-            m.name: {"flip": m.name in data.random_flip, "shift": data.random_shift.get(m.name, 0)}
+            m.name: (m.name in data.random_flip, data.random_shift.get(m.name, 0))
             for m in self.modalities
             if m.name in data.random_flip or m.name in data.random_shift
         }
@@ -112,8 +112,8 @@ class Dataset:
             offsets[name] = _generator(seed, epoch, stream).integers(0, free[places[name]] + 1)
         variations = {}
         first = len(taken) + len(self._free) + len(self._several)
-        for stream, (name, how) in enumerate(self._varied.items() if shuffle else (), start=first):
-            variations[name] = draw_variations(len(rows), _generator(seed, epoch, stream), **how)
+        for stream, (name, (flip, shift)) in enumerate(self._varied.items() if shuffle else (), start=first):
+            variations[name] = draw_variations(len(rows), _generator(seed, epoch, stream), flip=flip, shift=shift)
         for step in range(start, steps):
             part = slice(step * batch_size, (step + 1) * batch_size)
             yield self._batch(
