@@ -214,24 +214,40 @@ class Config(_Table):
 
 
 def load(path: Path) -> Config:
-    """Read and check a configuration.
+    """Read and check a configuration. A file that ``extends`` another, named from its own folder, says what differs: its keys
+    come before those of the other, table by table; lists are replaced whole.
 
     Raises:
         ConfigError: no file, no TOML, an unknown key, a value that is not allowed, or parts that disagree.
     """
+    try:
+        return Config.model_validate(_read(path, ()))
+    except ValidationError as error:
+        problems = "\n".join(
+            f"  {_describe(problem['type'], problem['loc'], problem['msg'], problem['input'])}" for problem in error.errors()
+        )
+        raise ConfigError(f"{path}:\n{problems}") from error
+
+
+def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in extending:
+        raise ConfigError(f"{path}: extends itself, by way of {' and '.join(other.name for other in extending)}")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # a TOML or a UTF-8 error
         raise ConfigError(f"{path}: not TOML ({error})") from error
-    try:
-        return Config.model_validate(tables)
-    except ValidationError as error:
-        problems = "\n".join(
-            f"  {_describe(problem['type'], problem['loc'], problem['msg'], problem['input'])}" for problem in error.errors()
-        )
-        raise ConfigError(f"{path}:\n{problems}") from error
+    if (other := tables.pop("extends", None)) is None:
+        return tables
+    if not isinstance(other, str):
+        raise ConfigError(f"{path}: extends: the name of another configuration is expected, received {other!r}")
+    return _over(tables, _read(path.parent / other, (*extending, path.resolve())))
+
+
+def _over(tables: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    both = {key for key in tables.keys() & others.keys() if isinstance(tables[key], dict) and isinstance(others[key], dict)}
+    return {**others, **tables, **{key: _over(tables[key], others[key]) for key in both}}
 
 
 def _describe(kind: str, location: tuple[str | int, ...], message: str, received: object) -> str:
