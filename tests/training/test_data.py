@@ -272,6 +272,19 @@ def test_pictures_are_mirrored_in_training(digits_folder: Path, make_config: Any
     assert all(same(*pair) for pair in pairs)
 
 
+def test_pictures_move_within_their_range(digits_folder: Path, make_config: Any) -> None:
+    """Drawn digits lie within their frame: what is moved has the same ink, elsewhere."""
+    changes = {"random_shift": {"digit": 2}, "random_offset": []}
+    plain, moved = (data.load(make_config(data=d), "train", digits_folder) for d in ({"random_offset": []}, changes))
+    found = set()
+    for one, other in zip(plain.batches(0, 20, 3), moved.batches(0, 20, 3), strict=True):
+        for before, after in zip(one.arrays["digit"], other.arrays["digit"], strict=True):
+            moves = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if torch.equal(before.roll((y, x), (1, 2)), after)]
+            assert len(moves) == 1
+            found |= set(moves)
+    assert len(found) > 15
+
+
 def test_rows_need_no_labels(tmp_path: Path) -> None:
     rows = by_row(tmp_path, {"one": [[1.0, 0.0]], "two": [[2.0, 0.0]], "text": ["a"]})
     assert next(rows.batches(0, 1, 0)).labels is None
