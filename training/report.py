@@ -38,14 +38,14 @@ def results_table(manifest: Manifest) -> str:
         lines += [*_coherence_table(metrics), ""]
     lines += _refinement_table(metrics)
     minutes, gigabytes = training["seconds"] / 60, training["peak_memory_bytes"] / 2**30
-    lines.append(f"Training took {minutes:.0f} minutes on CPU cores and {gigabytes:.1f} GiB.")
+    lines.append(f"Training took {minutes:.0f} minutes and {gigabytes:.1f} GiB, on a CPU.")
     return "\n".join(lines)
 
 
 def _coherence_table(metrics: Mapping[str, Any]) -> list[str]:
     """Coherence by source and target, and what it comes to."""
     cross, sure = metrics["coherence"]["cross"], metrics["judges"]
-    targets = list(dict.fromkeys(target for of in cross.values() for target in of))
+    targets = [name for name in cross if any(name in of for of in cross.values())]
     lines = [
         f"| coherence of one sample, from | {' | '.join(f'into {t}' for t in targets)} |",
         f"| --- |{' --- |' * len(targets)}",
