@@ -17,6 +17,7 @@ from service import admin, contract, embeddings, models, probes, routes, site, t
 from service.access import Access
 from service.body import BodyLimit
 from service.bundles import Bundles
+from service.door import Door
 from service.errors import Problem, answer_http_exception, answer_problem
 from service.keys import Keys
 from service.settings import Settings
@@ -82,6 +83,7 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
     )
     app.state.bundles = bundles
+    app.state.door = Door(bundles, metrics, traced)
     for router in routers:
         app.include_router(router)
 
