@@ -21,9 +21,9 @@ __all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine
 BEAT_SECONDS = 0.5
 """The idle thread beats this often."""
 MIN_RETRY_MS = 50
-LENIENCE = 1.5
+LENIENCE = 1.25
 """Of the longest wait, for what is decoded already: several are let in while the first of them is."""
-MEMORY = 0.95
+MEMORY = 0.99
 """What is left of the last tick's weight, and of the last request's, when the next one is measured."""
 
 log = structlog.get_logger("concord")
