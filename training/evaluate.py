@@ -15,7 +15,7 @@ from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
 from training.config import Config
 from training.data import Dataset
-from training.metrics.attributes import mean_average_precision
+from training.metrics.attributes import f1, mean_average_precision
 from training.metrics.probe import linear_probe
 from training.metrics.refinement import JUDGE_SAMPLES, refined_elbos
 from training.metrics.retrieval import recall_at
@@ -41,10 +41,10 @@ def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, pro
 
     Where rows are pairs of their own (``pairing = "row"``), and some have both:
     ``retrieval``: {query: {gallery: {rows, recall@k}}}, by the means of one modality each; by chance recall@k is k / rows.
-    ``attributes``: {binary modality: {source: {rows, map, chance}}}, of what is decoded from the mean of another modality, or
-    of all others (``others``).
+    ``attributes``: {binary modality: {source: {rows, map, chance, f1, f1_chance}}}, of what is decoded from the mean of another
+    modality, or of all others (``others``); by chance: every row is told what share of these rows has each attribute.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.thread_count)
     vae = vae.eval().requires_grad_(False)
     figures: dict[str, Any] = {"test_rows": len(test)}
     if train.has_labels:
@@ -109,9 +109,17 @@ def _attributes(vae: Generative, means: dict[str, Tensor], present: dict[str, Te
         for source, (mean, has) in {**sources, "others": (means[f"all but {name}"], any_other)}.items():
             rows = has & present[name]
             with torch.no_grad():
-                decoded = vae.decode(name, mean[rows])
-            if found := mean_average_precision(means[f"true {name}"][rows].numpy(), decoded.numpy()):
-                told.setdefault(name, {})[source] = {"rows": int(rows.sum()), "map": found[0], "chance": found[1]}
+                decoded = vae.decode(name, mean[rows]).numpy()
+            truth = means[f"true {name}"][rows].numpy()
+            if found := mean_average_precision(truth, decoded):
+                share = np.broadcast_to(truth.mean(axis=0), truth.shape)
+                told.setdefault(name, {})[source] = {
+                    "rows": len(truth),
+                    "map": found[0],
+                    "chance": found[1],
+                    "f1": f1(truth, decoded),
+                    "f1_chance": f1(truth, share),
+                }
     return told
 
 

@@ -11,6 +11,7 @@ from model.modality import CategoricalModality, ImageModality, Modality, TextMod
 SILU_GAIN = 1.7  # standard normal in, standard normal out: 1 / sqrt(E[SiLU(x)^2]), rounded
 COARSEST = 4  # pixels: the side at which convolutions stop halving
 DOUBLINGS = 3  # of a convolution's channels; pictures above 90 pixels a side would make networks of gigabytes otherwise
+GROUPS = 8  # of channels that an image encoder normalises together, row by row (Wu & He 2018)
 WORD_FEATURES = 64  # of each word, on the way in and on the way out
 
 
@@ -94,7 +95,8 @@ def _image_encoder(modality: ImageModality, features: int, width: int) -> nn.Mod
     height, side = modality.height, modality.width
     for level in range(_halvings(modality)):
         after = _channels(width, level)
-        layers += [nn.Conv2d(channels, after, kernel_size=4, stride=2, padding=1), nn.SiLU()]
+        norm = nn.GroupNorm(math.gcd(GROUPS, after), after)
+        layers += [nn.Conv2d(channels, after, kernel_size=4, stride=2, padding=1), norm, nn.SiLU()]
         channels, height, side = after, height // 2, side // 2
     return nn.Sequential(_Centred(), *layers, nn.Flatten(), nn.Linear(channels * height * side, features), nn.SiLU())
 
