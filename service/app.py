@@ -17,9 +17,11 @@ from service import admin, contract, embeddings, models, probes, routes, site, t
 from service.access import Access
 from service.body import BodyLimit
 from service.bundles import Bundles
+from service.door import Door
 from service.errors import Problem, answer_http_exception, answer_problem
 from service.keys import Keys
 from service.settings import Settings
+from service.straight import Straight
 from service.telemetry import Metrics, Telemetry
 
 
@@ -78,10 +80,12 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
             telemetry,
             Middleware(Access, keys=keys, hosts=settings.allowed_hosts, keyless=site.FILES if settings.page else ()),
             Middleware(BodyLimit, limit=settings.max_body_bytes, total=settings.max_bodies_bytes),
+            Middleware(Straight, calls={**routes.CALLS, **embeddings.CALLS}),
         ],
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
     )
     app.state.bundles = bundles
+    app.state.door = Door(bundles, metrics, traced)
     for router in routers:
         app.include_router(router)
 

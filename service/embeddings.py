@@ -31,6 +31,7 @@ async def embeddings(request: Request) -> Response:
         def chosen(wanted: Wanted) -> tuple[Serving, Call[EmbedOptions]]:
             asked, inputs = parse(content, bundles.most_values)
             serving = bundles.choose(asked.model)
+            serving.admit()
             return serving, read(serving.reader, serving.manifest.latent, asked, inputs, request.state.charge, wanted)
 
         (serving, call), decode_seconds = await bundles.decoding.decode(chosen)
@@ -40,6 +41,9 @@ async def embeddings(request: Request) -> Response:
         told = answers.embeddings(manifest, call.options.encoding_format, results)
         bundles.metrics.stage("serialize", time.perf_counter() - started)
     return answer(request, told, results, decode_seconds)
+
+
+CALLS = {"/v1/embeddings": embeddings}
 
 
 def parse(content: bytes, most_values: int) -> tuple[EmbeddingsOptions, object]:

@@ -81,6 +81,9 @@ async def cross_generate(request: Request) -> Response:
     return answer(request, content, results, decode_seconds)
 
 
+CALLS = {"/embed": embed, "/cross-generate": cross_generate}
+
+
 async def _read(request: Request, bundles: Bundles, options: type[O]) -> tuple[Serving, Call[O], float]:
     """The bundle, the call, and the seconds it took to decode. One hop to a thread for all items: a hop costs more than one."""
     bundles.admit()
@@ -90,6 +93,7 @@ async def _read(request: Request, bundles: Bundles, options: type[O]) -> tuple[S
     def read(wanted: Wanted) -> tuple[Serving, Call[O]]:
         asked = parse(content, query, options, bundles.most_values)
         serving = bundles.choose(asked.options.model)
+        serving.admit()  # others may be idle, which is why this came so far
         return serving, serving.reader.read(asked, request.state.charge, wanted)
 
     (serving, call), seconds = await bundles.decoding.decode(read)

@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
+import random
 import re
 import sys
 import time
-import uuid
 from collections.abc import Callable, Collection
 
 import structlog
@@ -24,6 +24,11 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 _NATS = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
+
+
+def identity(asked: str) -> str:
+    """Of a request: what its client calls it, where that does no harm, or a new one."""
+    return asked if asked and _REQUEST_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
 
 
 class Metrics:
@@ -58,6 +63,12 @@ class Metrics:
 
     def batch(self, size: int) -> None:
         self.batches.observe(size)
+
+    def answered(self, route: str, status: int, code: str | None, seconds: float) -> None:
+        """An answer begins; ``code`` says why it is no result."""
+        self.duration.labels(route, status).observe(seconds)
+        if code:
+            self.rejections.labels(code).inc()
 
     def stage(self, name: str, seconds: float) -> None:
         self.stages.labels(name).observe(seconds)
@@ -109,8 +120,7 @@ class Telemetry:
             return
         started = time.perf_counter()
         headers = Headers(scope=scope)
-        asked = headers.get("x-request-id", "")
-        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        request_id = identity(headers.get("x-request-id", ""))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["trace"] = trace = self.tracing.begin(headers.get("traceparent", ""), scope["method"])
@@ -151,14 +161,13 @@ class Telemetry:
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         known = scope["path"] if scope["path"] in self.routes else "unmatched"
-        route = getattr(scope.get("route"), "path", known)
-        self.metrics.duration.labels(route, status).observe(seconds)
+        route = str(getattr(scope.get("route"), "path", known))
         state = scope["state"]
         code = state.get("code")
-        if code:
-            self.metrics.rejections.labels(code).inc()
+        self.metrics.answered(route, status, code, seconds)
         self.tracing.end(state["trace"], f"{scope['method']} {route}", state, status)
-        write = log.debug if status < 400 else log.info if status < 500 else log.error
+        fault = status >= 500 and code != "queue_full"  # which is no fault of anybody's, and comes in thousands
+        write = log.debug if status < 400 else log.error if fault else log.info
         write(
             "answered",
             request_id=state["request_id"],
