@@ -21,7 +21,6 @@ from service.door import Door
 from service.errors import Problem, answer_http_exception, answer_problem
 from service.keys import Keys
 from service.settings import Settings
-from service.straight import Straight
 from service.telemetry import Metrics, Telemetry
 
 
@@ -80,7 +79,6 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
             telemetry,
             Middleware(Access, keys=keys, hosts=settings.allowed_hosts, keyless=site.FILES if settings.page else ()),
             Middleware(BodyLimit, limit=settings.max_body_bytes, total=settings.max_bodies_bytes),
-            Middleware(Straight, calls={**routes.CALLS, **embeddings.CALLS}),
         ],
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
     )

@@ -43,9 +43,6 @@ async def embeddings(request: Request) -> Response:
     return answer(request, told, results, decode_seconds)
 
 
-CALLS = {"/v1/embeddings": embeddings}
-
-
 def parse(content: bytes, most_values: int) -> tuple[EmbeddingsOptions, object]:
     """The options, and what stands as ``input``.
 

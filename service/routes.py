@@ -81,9 +81,6 @@ async def cross_generate(request: Request) -> Response:
     return answer(request, content, results, decode_seconds)
 
 
-CALLS = {"/embed": embed, "/cross-generate": cross_generate}
-
-
 async def _read(request: Request, bundles: Bundles, options: type[O]) -> tuple[Serving, Call[O], float]:
     """The bundle, the call, and the seconds it took to decode. One hop to a thread for all items: a hop costs more than one."""
     bundles.admit()
