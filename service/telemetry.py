@@ -2,15 +2,15 @@
 
 import asyncio
 import logging
+import random
 import re
 import sys
 import time
-import uuid
 from collections.abc import Callable, Collection
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import CODES, Problem, respond
@@ -24,6 +24,11 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 _NATS = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
+
+
+def identity(asked: str) -> str:
+    """Of a request: what its client calls it, where that does no harm, or a new one."""
+    return asked if asked and _REQUEST_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
 
 
 class Metrics:
@@ -109,8 +114,7 @@ class Telemetry:
             return
         started = time.perf_counter()
         headers = Headers(scope=scope)
-        asked = headers.get("x-request-id", "")
-        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        request_id = identity(headers.get("x-request-id", ""))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["trace"] = trace = self.tracing.begin(headers.get("traceparent", ""), scope["method"])
@@ -121,11 +125,10 @@ class Telemetry:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                headers["X-Model-Version"] = state.get("model_version") or self.model_version()
+                more = {"x-request-id": request_id, "x-model-version": state.get("model_version") or self.model_version()}
                 if trace.header:
-                    headers["traceparent"] = trace.header
+                    more["traceparent"] = trace.header
+                message["headers"] += [(name.encode(), value.encode()) for name, value in more.items()]
                 self._record(scope, status, time.perf_counter() - started)
             await send(message)
 
