@@ -18,6 +18,7 @@ from service.access import Access
 from service.body import BodyLimit
 from service.bundles import Bundles
 from service.direct import Direct
+from service.door import Door
 from service.errors import Problem, answer_http_exception, answer_problem
 from service.keys import Keys
 from service.settings import Settings
@@ -84,6 +85,7 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
     )
     app.state.bundles = bundles
+    app.state.door = Door(bundles, metrics, traced)
     for router in routers:
         app.include_router(router)
 

@@ -124,17 +124,26 @@ class Bundles(Collector):
     def ready(self) -> bool:
         return all(answer == "ok" for answer in self.checks().values())
 
-    def admit(self) -> None:
-        """Raises Problem, 503, where a request would be refused now: that costs least before its body is read."""
-        self.decoding.check()
-        refusals = []
+    def refusal(self, coming: int = 0) -> Problem | None:
+        """503, where a request would be refused now: that costs least before its body is read.
+
+        Args:
+            coming: requests that were let in and are not being decoded yet.
+        """
+        if (overrun := self.decoding.refusal()) is not None:
+            return overrun
+        first = None
         for serving in self._served.values():
-            try:
-                serving.check()
-            except Problem as problem:
-                refusals.append(problem)
-        if len(refusals) == len(self._served):
-            raise refusals[0]
+            refusal = serving.refusal(self.decoding.held + coming)
+            if refusal is None:
+                return None
+            first = first or refusal
+        return first
+
+    def admit(self) -> None:
+        """Raises the refusal."""
+        if (refusal := self.refusal()) is not None:
+            raise refusal
 
     def reload(self) -> None:
         """Look at every folder again, soon, also at those that did not change."""

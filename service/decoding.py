@@ -34,14 +34,16 @@ class Decoding:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._most = most
         self._metrics = metrics
-        self._held = 0
+        self.held = 0
+        """Requests that are decoded or wait for it."""
         self._seconds = 0.0  # from one that is done to the next
 
-    def check(self) -> None:
-        """Raises Problem, 503, where one more request is too many."""
-        if self._held >= self._most:
-            wait_ms = max(MIN_RETRY_MS, int(1000 * self._held * self._seconds))
-            raise Problem("queue_full", f"{self._held} requests wait to be decoded", retry_after_ms=wait_ms)
+    def refusal(self) -> Problem | None:
+        """503, where one more request is too many."""
+        if self.held < self._most:
+            return None
+        wait_ms = max(MIN_RETRY_MS, int(1000 * self.held * self._seconds))
+        return Problem("queue_full", f"{self.held} requests wait to be decoded", retry_after_ms=wait_ms)
 
     async def decode(self, read: Callable[[Wanted, bool], R], size: int) -> tuple[R, float]:
         """What this returns, and the seconds it took with the waiting before it.
@@ -50,8 +52,12 @@ class Decoding:
             read: may ask whether its answer is wanted any more: a thread is not stopped from outside. When it is told to do it
                 quickly, it may raise ``SlowError`` instead.
             size: of the body, in bytes.
+
+        Raises:
+            Problem: 503, too many wait.
         """
-        self.check()
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         started = time.perf_counter()
         if size <= QUICK_BYTES:
             with contextlib.suppress(SlowError):
@@ -59,15 +65,15 @@ class Decoding:
                 seconds = time.perf_counter() - started
                 self._metrics.stage("decode", seconds)
                 return answer, seconds
-        self._held += 1
+        self.held += 1
         left = threading.Event()
         try:
             answer = await self.in_thread(read, lambda: not left.is_set(), False)
             seconds = time.perf_counter() - started
-            self._seconds += 0.1 * (seconds / self._held - self._seconds)
+            self._seconds += 0.1 * (seconds / self.held - self._seconds)
         finally:
             left.set()
-            self._held -= 1
+            self.held -= 1
         self._metrics.stage("decode", seconds)
         return answer, seconds
 

@@ -31,6 +31,7 @@ async def embeddings(request: Request) -> Response:
         def chosen(wanted: Wanted, quickly: bool) -> tuple[Serving, Call[EmbedOptions]]:
             asked, inputs = parse(content, bundles.most_values)
             serving = bundles.choose(asked.model)
+            serving.admit()
             latent, charge = serving.manifest.latent, request.state.charge
             return serving, read(serving.reader, latent, asked, inputs, charge, wanted, quickly=quickly)
 

@@ -21,8 +21,10 @@ __all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine
 BEAT_SECONDS = 0.5
 """The idle thread beats this often."""
 MIN_RETRY_MS = 50
-MEMORY = 0.95
-"""What is left of the last tick's weight when the next one is measured."""
+LENIENCE = 1.25
+"""Of the longest wait, for what is decoded already: several are let in while the first of them is."""
+MEMORY = 0.99
+"""What is left of the last tick's weight, and of the last request's, when the next one is measured."""
 
 log = structlog.get_logger("concord")
 
@@ -88,10 +90,11 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._owners: dict[Row, _Request] = {}  # every row held; guarded by the condition, like the queue
         self._changed = threading.Condition()
-        self._refusal: EngineFailed | None = EngineFailed("the engine is not started")
+        self._trouble: EngineFailed | None = EngineFailed("the engine is not started")
         self._closing = False
         self._held_runs = 0  # of all rows held; guarded as they are
         self._busy = self._runs = 0.0  # seconds and runs of the last ticks
+        self._usual_runs = 1.0  # of the last requests
         self._beat = monotonic()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
@@ -108,8 +111,8 @@ class Engine:
     @property
     def trouble(self) -> str | None:
         """Why no request is taken; None while they are."""
-        refusal = self._refusal
-        return None if refusal is None else str(refusal)
+        trouble = self._trouble
+        return None if trouble is None else str(trouble)
 
     @property
     def running(self) -> bool:
@@ -123,7 +126,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the thread. Once in an engine's life."""
-        self._refusal = None
+        self._trouble = None
         self._beat = monotonic()
         self._thread.start()
 
@@ -134,17 +137,20 @@ class Engine:
             grace: seconds after which what is still held fails. None: as long as it takes.
         """
         with self._changed:
-            self._refusal = EngineFailed("the engine has stopped")
+            self._trouble = EngineFailed("the engine has stopped")
             self._closing = True
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join(grace)
-        self._fail_all(self._refusal)
+        self._fail_all(self._trouble)
 
-    def check(self, items: int = 1) -> None:
-        """Raises as ``submit`` would if so many items came now: a request that cannot be taken need not be decoded first."""
-        with self._changed:
-            self._check(items)
+    def refusal(self, coming: int = 0) -> QueueFull | EngineFailed | None:
+        """Why one more request need not be decoded. A look without the lock: ``submit`` decides.
+
+        Args:
+            coming: requests that are being decoded now; each is taken for an item that runs as often as the usual one.
+        """
+        return self._objection(coming + 1, self._max_wait, coming * self._usual_runs)
 
     async def submit(self, works: Sequence[Work]) -> list[Outcome]:
         """Outcomes of one request, in its order. Cancelling the caller retires its rows.
@@ -157,9 +163,13 @@ class Engine:
             return []
         request = _Request(works)
         with self._changed:
-            self._check(len(works))
+            objection = self._objection(len(works), LENIENCE * self._max_wait)
+            if objection is not None:
+                raise objection
             self._owners.update(dict.fromkeys(request.rows, request))
-            self._held_runs += sum(row.work.runs for row in request.rows)
+            runs = sum(row.work.runs for row in request.rows)
+            self._held_runs += runs
+            self._usual_runs = MEMORY * self._usual_runs + (1 - MEMORY) * runs
             self._waiting.extend(request.rows)
             self._changed.notify()
         try:
@@ -169,13 +179,17 @@ class Engine:
                 self._release(request)
             raise
 
-    def _check(self, items: int) -> None:
-        if self._refusal is not None:
-            raise EngineFailed(*self._refusal.args) from self._refusal.__cause__
+    def _objection(self, items: int, max_wait: float, more_runs: float = 0.0) -> QueueFull | EngineFailed | None:
+        """Made and not raised where nobody asks for that: most answers under overload are this one."""
+        if (trouble := self._trouble) is not None:
+            own = EngineFailed(*trouble.args)
+            own.__cause__ = trouble.__cause__
+            return own
         held = len(self._owners)
-        wait = self._held_runs * self._busy / self._runs if self._runs else 0.0
-        if held + items > self._max_queue_items or wait > self._max_wait:
-            raise QueueFull(held, retry_after_ms=max(MIN_RETRY_MS, int(1000 * wait)))
+        wait = (self._held_runs + more_runs) * self._busy / self._runs if self._runs else 0.0
+        if held + items > self._max_queue_items or wait > max_wait:
+            return QueueFull(held, retry_after_ms=max(MIN_RETRY_MS, int(1000 * wait)))
+        return None
 
     def _run(self) -> None:
         try:
@@ -194,7 +208,7 @@ class Engine:
             failure = EngineFailed("the inference thread died")
             failure.__cause__ = error
             with self._changed:
-                self._refusal = failure
+                self._trouble = failure
             self._fail_all(failure)
 
     def _take(self) -> list[Row] | None:
@@ -213,9 +227,9 @@ class Engine:
             failure = EngineFailed(f"the model failed {self._failures} times in a row")
             failure.__cause__ = error
             with self._changed:
-                if self._refusal is None:
+                if self._trouble is None:
                     log.critical("circuit open", failures=self._failures, exception=_trace(error))
-                    self._refusal = failure
+                    self._trouble = failure
             self._fail_all(failure)
             with self._changed:
                 until = monotonic() + self._probe_seconds
@@ -224,9 +238,9 @@ class Engine:
                     self._changed.wait(min(left, BEAT_SECONDS))
         self._failures = 0
         with self._changed:
-            if self._refusal is not None and not self._closing:
+            if self._trouble is not None and not self._closing:
                 log.warning("circuit closed")
-                self._refusal = None
+                self._trouble = None
 
     def _trial(self) -> Exception | None:
         self._beat = monotonic()

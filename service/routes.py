@@ -92,6 +92,7 @@ async def _read(request: Request, bundles: Bundles, options: type[O]) -> tuple[S
     def read(wanted: Wanted, quickly: bool) -> tuple[Serving, Call[O]]:
         asked = parse(content, query, options, bundles.most_values)
         serving = bundles.choose(asked.options.model)
+        serving.admit()  # others may be idle, which is why this came so far
         return serving, serving.reader.read(asked, request.state.charge, wanted, quickly=quickly)
 
     (serving, call), seconds = await bundles.decoding.decode(read, len(content))

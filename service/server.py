@@ -15,12 +15,13 @@ from typing import Any
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.errors import CODES, Problem
+from service.door import Door
+from service.errors import Problem
 from service.settings import Settings
 
 KEEP_ALIVE_SECONDS = 75
@@ -52,14 +53,18 @@ class Protocol(HttpToolsProtocol):
     Args:
         head_seconds: for the headers of a request.
         body_seconds: for the rest of it. The application answers before; this ends who goes on sending.
+        door: refuses what needs no application for that.
     """
 
-    def __init__(self, *args: Any, head_seconds: float, body_seconds: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head_seconds: float, body_seconds: float, door: Door | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._door = door
+        self._refused = self._last = False  # at the door: the rest of the request goes nowhere, and perhaps nothing after it
         self._head_seconds = head_seconds
         self._body_seconds = body_seconds
         self._timer: asyncio.TimerHandle | None = None
         self._within_message = False
+        self._messages = 0
         self._head_bytes: int | None = None  # none outside of a head
         self._running: RequestResponseCycle | None = None  # uvicorn's ``cycle`` is the newest, which may wait for this one
 
@@ -73,16 +78,19 @@ class Protocol(HttpToolsProtocol):
             # follows, which is the body, for something else.
             head, end, rest = data.partition(b"\r\n\r\n")
             data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
-        within = self._head_bytes is not None
+        number = self._messages if self._head_bytes is not None else None
         super().data_received(data)
-        if within and self._head_bytes is not None:
+        if number == self._messages and self._head_bytes is not None:  # all of this belongs to one head
             self._head_bytes += len(data)
             if self._head_bytes > MOST_HEAD_BYTES:
                 self._refuse(_TOO_LARGE)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self._within_message = True
+        self._refused = False
+        self._messages += 1
         self._head_bytes = 0
         self._within(self._head_seconds, self._late)
 
@@ -94,17 +102,45 @@ class Protocol(HttpToolsProtocol):
         codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or self.parser.get_http_version() != "1.1"):
             raise ValueError("where the body ends is open to dispute")
-        super().on_headers_complete()
-        if getattr(self.server_state, "draining", False):
-            self.cycle.keep_alive = False  # the answer says so, and the client asks elsewhere next
         self._within(self._body_seconds, self.transport.close)
+        # Where this is the last request of its connection the answer says so, and the client asks elsewhere next.
+        last = getattr(self.server_state, "draining", False) or not self.parser.should_keep_alive()
+        if self._turned_away(last):
+            return
+        super().on_headers_complete()
+        if last:
+            self.cycle.keep_alive = False
+
+    def _turned_away(self, last: bool) -> bool:
+        """Answered by the door: what stands alone, from who takes in answers and sends its body without being asked to."""
+        alone = self.cycle is None or self.cycle.response_complete
+        clear = not (self.flow.write_paused or self.transport.is_closing())
+        if self._door is None or not (alone and clear) or self.expect_100_continue:
+            return False
+        refusal = self._door.refusal(self.parser.get_method(), self.url, self.headers)
+        if refusal is None:
+            return False
+        if last:
+            refusal.headers["Connection"] = "close"
+        self._refused, self._last = True, last
+        self._write(refusal)
+        return True
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
     def on_message_complete(self) -> None:
-        super().on_message_complete()
+        if not self._refused:
+            super().on_message_complete()
+        elif self._last:
+            self.transport.close()
+        else:
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         self._within_message = False
         self._within(None)
         if not self.pipeline:
@@ -141,10 +177,14 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         answer = problem.answer(uuid.uuid4().hex)
-        head = b"".join(b"%s: %s\r\n" % header for header in answer.raw_headers)
-        status = f"HTTP/1.1 {problem.status} {CODES[problem.code][1]}\r\n".encode()
-        self.transport.write(b"%s%sconnection: close\r\n\r\n%s" % (status, head, answer.body))
+        answer.headers["Connection"] = "close"
+        self._write(answer)
         self.transport.close()
+
+    def _write(self, answer: Response) -> None:
+        headers = (*self.server_state.default_headers, *answer.raw_headers)
+        head = b"".join(b"%s: %s\r\n" % header for header in headers)
+        self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[answer.status_code], head, answer.body))
 
     def _within(self, seconds: float | None, otherwise: Any = None) -> None:
         """Do this unless the next step comes in time."""
@@ -158,7 +198,7 @@ class Server(uvicorn.Server):
     flight. SIGINT leaves the second part out. A second signal ends the process on the spot. SIGHUP looks for new bundles."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
-        super().__init__(configure(app, settings))
+        super().__init__(configure(app, settings, app.state.door))
         self.server_state: State = State()
         self._bundles = app.state.bundles
         self._drain_delay = settings.drain_delay_ms / 1000
@@ -186,13 +226,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
+def configure(app: FastAPI, settings: Settings, door: Door | None = None) -> uvicorn.Config:
     """Of a server that waits ``grace_ms`` at its end, no longer."""
     times = {"head_seconds": settings.head_timeout_ms / 1000, "body_seconds": settings.request_timeout_ms / 1000 + 1}
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http=functools.partial(Protocol, **times),  # type: ignore[arg-type]  # all it does is call it
+        http=functools.partial(Protocol, door=door, **times),  # type: ignore[arg-type]  # all it does is call it
         ws="none",
         lifespan="on",
         log_config=None,

@@ -48,6 +48,7 @@ class Serving:
             max_refine_steps=settings.max_refine_steps,
         )
         self._prepared = {"bundle": "ok", "warmed": PENDING, "golden": PENDING}
+        self._fit = False  # all of these are ok
 
     @property
     def manifest(self) -> Manifest:
@@ -72,6 +73,7 @@ class Serving:
             except Exception as error:  # a graph raises whatever it likes
                 self._prepared[check] = "failed: see the log"
                 log.error("not ready", bundle=self.label, check=check, reason=str(error))
+        self._fit = all(answer == "ok" for answer in self._prepared.values())
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """End the inference thread, which first finishes what it can in ``grace`` seconds."""
@@ -91,31 +93,30 @@ class Serving:
     def ready(self) -> bool:
         return all(answer == "ok" for answer in self.checks().values())
 
-    def check(self) -> None:
-        """Raises Problem, 503, where a request of one item would be refused now."""
-        self._require_prepared()
-        try:
-            self.engine.check()
-        except (QueueFull, EngineFailed) as error:
-            raise self._refusal(error) from error
+    def refusal(self, coming: int = 0) -> Problem | None:
+        """503, where one more request would be refused, after so many that are being decoded."""
+        if not self._fit:
+            return Problem("not_ready", "the model is not ready: see /readyz", retry_after_ms=1000)
+        objection = self.engine.refusal(coming)
+        return None if objection is None else self._problem(objection)
+
+    def admit(self) -> None:
+        """Raises the refusal."""
+        if (refusal := self.refusal()) is not None:
+            raise refusal
 
     async def submit(self, works: Sequence[Work]) -> list[Outcome]:
         """Outcomes in the order of the works.
 
         Raises:
-            Problem: 503, the bundle is not fit for requests, the queue is full, or the engine failed.
+            Problem: 503, the queue is full, or the engine failed.
         """
-        self._require_prepared()
         try:
             return await self.engine.submit(works)
         except (QueueFull, EngineFailed) as error:
-            raise self._refusal(error) from error
+            raise self._problem(error) from error
 
-    def _require_prepared(self) -> None:
-        if any(answer != "ok" for answer in self._prepared.values()):
-            raise Problem("not_ready", "the model is not ready: see /readyz", retry_after_ms=1000)
-
-    def _refusal(self, error: QueueFull | EngineFailed) -> Problem:
+    def _problem(self, error: QueueFull | EngineFailed) -> Problem:
         if isinstance(error, QueueFull):
             return Problem("queue_full", str(error), retry_after_ms=error.retry_after_ms)
         return Problem("engine_failed", "inference failed: it may succeed later", retry_after_ms=self.settings.circuit_probe_ms)

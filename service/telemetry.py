@@ -64,6 +64,12 @@ class Metrics:
     def batch(self, size: int) -> None:
         self.batches.observe(size)
 
+    def answered(self, route: str, status: int, code: str | None, seconds: float) -> None:
+        """An answer begins; ``code`` says why it is no result."""
+        self.duration.labels(route, status).observe(seconds)
+        if code:
+            self.rejections.labels(code).inc()
+
     def stage(self, name: str, seconds: float) -> None:
         self.stages.labels(name).observe(seconds)
 
@@ -154,14 +160,13 @@ class Telemetry:
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         known = scope["path"] if scope["path"] in self.routes else "unmatched"
-        route = getattr(scope.get("route"), "path", known)
-        self.metrics.duration.labels(route, status).observe(seconds)
+        route = str(getattr(scope.get("route"), "path", known))
         state = scope["state"]
         code = state.get("code")
-        if code:
-            self.metrics.rejections.labels(code).inc()
+        self.metrics.answered(route, status, code, seconds)
         self.tracing.end(state["trace"], f"{scope['method']} {route}", state, status)
-        write = log.debug if status < 400 else log.info if status < 500 else log.error
+        fault = status >= 500 and code != "queue_full"  # which is no fault of anybody's, and comes in thousands
+        write = log.debug if status < 400 else log.error if fault else log.info
         write(
             "answered",
             request_id=state["request_id"],

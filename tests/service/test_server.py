@@ -104,6 +104,19 @@ def test_headers_that_take_too_long_are_cut(serve: Serve) -> None:
         assert json.loads(received.partition(b"\r\n\r\n")[2])["code"] == "request_timeout"
 
 
+def test_requests_sent_far_ahead_are_no_long_head(client: httpx.Client) -> None:
+    """They arrive in parts that begin and end within heads, and together are longer than a head may be."""
+    request = b"GET /livez HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 8000 + b"\r\n\r\n"
+    with connect(client) as connection:
+        connection.sendall(request[:4000])
+        time.sleep(0.05)
+        connection.sendall((request * 60)[4000:-4000])
+        time.sleep(0.05)
+        connection.sendall(request[-4000:].replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.count(b"HTTP/1.1 200 ") == 60
+
+
 def test_a_connection_that_says_nothing_is_closed(serve: Serve) -> None:
     with serve(head_timeout_ms=300) as client, connect(client) as connection:
         assert connection.recv(1) == b""
