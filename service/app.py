@@ -76,6 +76,7 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
         openapi_url="/openapi.json" if settings.docs and settings.admin_port is None else None,
         docs_url=None,  # their pages load scripts from other hosts
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours does that; FastAPI's would ask at every request
         middleware=[
             telemetry,
             Middleware(Access, keys=keys, hosts=settings.allowed_hosts, keyless=site.FILES if settings.page else ()),
