@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float32, Shaped
 
 from model import bundle
 from model.modality import Modality
+from model.skipping import skip_absent
 
 VERSION: str = onnxruntime.__version__
 """Of ONNX Runtime."""
@@ -155,14 +156,19 @@ class Runtime:
         # Left to find the weights itself, it maps the file, and dies when somebody cuts that short.
         weights = self.bundle.content(bundle.WEIGHTS)
         options.add_external_initializers_from_files_in_memory([bundle.WEIGHTS], [weights], [len(weights)])
-        self._encode = self._open(graphs.encode, options)
+        encode = self.bundle.content(graphs.encode)
+        if self.device == "cpu":  # on a GPU shapes that depend on the data would stop it
+            encode = skip_absent(encode, [m.name for m in self.modalities])
+        self._encode = self._open(graphs.encode, options, encode)
         self._refine = self._open(graphs.refine, options)
         self._decode = {name: self._open(file, options) for name, file in graphs.decode.items()}
 
-    def _open(self, name: str, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    def _open(
+        self, name: str, options: onnxruntime.SessionOptions, content: bytes | None = None
+    ) -> onnxruntime.InferenceSession:
         providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
         try:
-            session = onnxruntime.InferenceSession(self.bundle.content(name), options, providers=providers)
+            session = onnxruntime.InferenceSession(content or self.bundle.content(name), options, providers=providers)
         except bundle.BundleError:
             raise
         except Exception as error:  # ONNX Runtime's own exception classes are private

@@ -17,6 +17,7 @@ from service import admin, contract, embeddings, models, probes, routes, site, t
 from service.access import Access
 from service.body import BodyLimit
 from service.bundles import Bundles
+from service.direct import Direct
 from service.door import Door
 from service.errors import Problem, answer_http_exception, answer_problem
 from service.keys import Keys
@@ -75,10 +76,12 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
         openapi_url="/openapi.json" if settings.docs and settings.admin_port is None else None,
         docs_url=None,  # their pages load scripts from other hosts
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours does that; FastAPI's would ask at every request
         middleware=[
             telemetry,
             Middleware(Access, keys=keys, hosts=settings.allowed_hosts, keyless=site.FILES if settings.page else ()),
             Middleware(BodyLimit, limit=settings.max_body_bytes, total=settings.max_bodies_bytes),
+            Middleware(Direct, handlers={"/embed": routes.embed, "/cross-generate": routes.cross_generate}),
         ],
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
     )

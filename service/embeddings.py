@@ -28,13 +28,14 @@ async def embeddings(request: Request) -> Response:
         bundles.admit()
         content = await body.read_json(request)
 
-        def chosen(wanted: Wanted) -> tuple[Serving, Call[EmbedOptions]]:
+        def chosen(wanted: Wanted, quickly: bool) -> tuple[Serving, Call[EmbedOptions]]:
             asked, inputs = parse(content, bundles.most_values)
             serving = bundles.choose(asked.model)
             serving.admit()
-            return serving, read(serving.reader, serving.manifest.latent, asked, inputs, request.state.charge, wanted)
+            latent, charge = serving.manifest.latent, request.state.charge
+            return serving, read(serving.reader, latent, asked, inputs, charge, wanted, quickly=quickly)
 
-        (serving, call), decode_seconds = await bundles.decoding.decode(chosen)
+        (serving, call), decode_seconds = await bundles.decoding.decode(chosen, len(content))
         works = [Work(item.row, 0, item.index) for item in call.items if isinstance(item, Item)]
         manifest, results = await run(request, bundles, serving, call, works)
         started = time.perf_counter()
@@ -61,6 +62,8 @@ def read(
     inputs: object,
     charge: Charge = lambda _: None,
     wanted: Wanted = lambda: True,
+    *,
+    quickly: bool = False,
 ) -> Call[EmbedOptions]:
     """The call that a body in OpenAI's form stands for.
 
@@ -76,9 +79,8 @@ def read(
     faults = [fault for index, value in enumerate(values) if (fault := _fault(f"/input/{index}", value, texts))]
     if faults:
         raise Problem.of(faults)
-    charge(len(values))
     rows = [{texts[0]: value} if isinstance(value, str) else value for value in values]
-    items = reader.items(rows, "/input", wanted)
+    items = reader.items(rows, "/input", charge, wanted, quickly=quickly)
     return Call(EmbedOptions(model=asked.model, encoding_format=asked.encoding_format), items)
 
 

@@ -41,18 +41,17 @@ class _Request:
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[list[Outcome]] = self.loop.create_future()
 
-    def answer(self, answer: list[Outcome] | EngineFailed) -> None:
-        """From the inference thread. Too late an answer is dropped."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(self._resolve, answer)
-
-    def _resolve(self, answer: list[Outcome] | EngineFailed) -> None:
+    def resolve(self, answer: list[Outcome] | EngineFailed) -> None:
+        """On its event loop. Too late an answer is dropped."""
         if self.future.done():
             return
         if isinstance(answer, EngineFailed):
             self.future.set_exception(answer)
         else:
             self.future.set_result(answer)
+
+
+Answer = tuple[_Request, list[Outcome] | EngineFailed]
 
 
 class Engine:
@@ -88,6 +87,7 @@ class Engine:
         self._probe_seconds = probe_seconds
         self._failures = 0
         self._waiting: deque[Row] = deque()
+        self._waker: asyncio.AbstractEventLoop | None = None  # will wake the thread at the end of this turn
         self._owners: dict[Row, _Request] = {}  # every row held; guarded by the condition, like the queue
         self._changed = threading.Condition()
         self._trouble: EngineFailed | None = EngineFailed("the engine is not started")
@@ -171,13 +171,25 @@ class Engine:
             self._held_runs += runs
             self._usual_runs = MEMORY * self._usual_runs + (1 - MEMORY) * runs
             self._waiting.extend(request.rows)
-            self._changed.notify()
+        self._wake_soon(request.loop)
         try:
             return await request.future
         except asyncio.CancelledError:
             with self._changed:
                 self._release(request)
             raise
+
+    def _wake_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Once what is ready in this turn of the event loop has been submitted too: it runs together, and the two threads do not
+        take the interpreter from each other for every request."""
+        if self._waker is not loop:
+            self._waker = loop
+            loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        self._waker = None
+        with self._changed:
+            self._changed.notify()
 
     def _objection(self, items: int, max_wait: float, more_runs: float = 0.0) -> QueueFull | EngineFailed | None:
         """Made and not raised where nobody asks for that: most answers under overload are this one."""
@@ -256,8 +268,9 @@ class Engine:
             self._failures = 0
         elif any(isinstance(row.outcome, Exception) for row in rows):
             self._failures += 1
-        for row in rows:
-            with self._changed:
+        answers: list[Answer] = []
+        with self._changed:
+            for row in rows:
                 request = self._owners.pop(row, None)
                 if request is None:  # abandoned meanwhile
                     continue
@@ -265,13 +278,15 @@ class Engine:
                 request.missing -= 1
                 if isinstance(row.outcome, Exception):
                     self._release(request)
-            if isinstance(row.outcome, Exception):
-                log.error("a graph failed", exception=_trace(row.outcome))
-                failure = EngineFailed("the model failed on this request")
-                failure.__cause__ = row.outcome
-                request.answer(failure)
-            elif request.missing == 0:
-                request.answer([other.outcome for other in request.rows if isinstance(other.outcome, Outcome)])
+                    failure = EngineFailed("the model failed on this request")
+                    failure.__cause__ = row.outcome
+                    answers.append((request, failure))
+                elif request.missing == 0:
+                    answers.append((request, [other.outcome for other in request.rows if isinstance(other.outcome, Outcome)]))
+        _post(answers)
+        for _, answer in answers:
+            if isinstance(answer, EngineFailed) and answer.__cause__ is not None:
+                log.error("a graph failed", exception=_trace(answer.__cause__))
 
     def _release(self, request: _Request) -> None:
         """Forget a request that nobody waits for; with the condition held. Rows under way leave at the next tick."""
@@ -286,8 +301,20 @@ class Engine:
             requests = set(self._owners.values())
             for request in requests:
                 self._release(request)
-        for request in requests:
-            request.answer(failure)
+        _post([(request, failure) for request in requests])
+
+
+def _post(answers: Sequence[Answer]) -> None:
+    """Hand them to their event loops, all at once: to wake one costs as much as to answer."""
+    for loop in {request.loop for request, _ in answers}:
+        own = [answer for answer in answers if answer[0].loop is loop]
+        with contextlib.suppress(RuntimeError):  # it is closed
+            loop.call_soon_threadsafe(_resolve, own)
+
+
+def _resolve(answers: Sequence[Answer]) -> None:
+    for request, answer in answers:
+        request.resolve(answer)
 
 
 def _trace(error: BaseException) -> str:

@@ -20,9 +20,11 @@ from service.serving import Serving
 from service.settings import Settings
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
+UNREFINED = Refine()
 EARLY = 0.9
 """Refinement with a budget ends when this part of the deadline is spent: what follows takes time too."""
-STAGES = ("queue", "decode", "encode", "refine", "generate")
+STAGES = ("queue", "encode", "refine", "generate")
+"""Of an item, after it was decoded with all others of its request."""
 
 O = TypeVar("O", bound=CallOptions)  # noqa: E741
 
@@ -85,15 +87,15 @@ async def _read(request: Request, bundles: Bundles, options: type[O]) -> tuple[S
     """The bundle, the call, and the seconds it took to decode. One hop to a thread for all items: a hop costs more than one."""
     bundles.admit()
     content = await body.read(request, bundles.settings.max_body_bytes)
-    query = request.query_params.multi_items()
+    query = request.query_params.multi_items() if request.scope["query_string"] else ()
 
-    def read(wanted: Wanted) -> tuple[Serving, Call[O]]:
+    def read(wanted: Wanted, quickly: bool) -> tuple[Serving, Call[O]]:
         asked = parse(content, query, options, bundles.most_values)
         serving = bundles.choose(asked.options.model)
         serving.admit()  # others may be idle, which is why this came so far
-        return serving, serving.reader.read(asked, request.state.charge, wanted)
+        return serving, serving.reader.read(asked, request.state.charge, wanted, quickly=quickly)
 
-    (serving, call), seconds = await bundles.decoding.decode(read)
+    (serving, call), seconds = await bundles.decoding.decode(read, len(content))
     return serving, call, seconds
 
 
@@ -169,6 +171,8 @@ async def deadline(request: Request, settings: Settings) -> AsyncIterator[float]
 def _refine(options: CallOptions, until: float) -> Refine:
     """Who names a budget wants the best there is in time rather than a 504."""
     asked = options.refine
+    if not asked.steps:
+        return UNREFINED
     return Refine(
         steps=asked.steps,
         tolerance=asked.tolerance,
@@ -184,9 +188,8 @@ def _rejected(call: Call[O]) -> list[Rejected]:
 
 def answer(request: Request, content: bytes, results: Sequence[Result], decode_seconds: float) -> Response:
     """With Server-Timing in milliseconds: of items that ran side by side the slowest counts."""
-    request.state.spent = spent = {
-        stage: max((outcome.timings.get(stage, 0.0) for _, outcome in results), default=0.0) for stage in STAGES
-    }
-    spent["decode"] = decode_seconds
+    timings = [outcome.timings for _, outcome in results]
+    spent = timings[0] if len(timings) == 1 else {stage: max((one[stage] for one in timings), default=0.0) for stage in STAGES}
+    request.state.spent = spent = {"decode": decode_seconds, **spent}
     timing = ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in spent.items())
     return Response(content, media_type="application/json", headers={"Server-Timing": timing})

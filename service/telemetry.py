@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import CODES, Problem, respond
@@ -131,11 +131,10 @@ class Telemetry:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                headers["X-Model-Version"] = state.get("model_version") or self.model_version()
+                more = {"x-request-id": request_id, "x-model-version": state.get("model_version") or self.model_version()}
                 if trace.header:
-                    headers["traceparent"] = trace.header
+                    more["traceparent"] = trace.header
+                message["headers"] += [(name.encode(), value.encode()) for name, value in more.items()]
                 self._record(scope, status, time.perf_counter() - started)
             await send(message)
 

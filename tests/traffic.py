@@ -129,12 +129,17 @@ def mixed(count: int = 64, steps: int = 4) -> list[bytes]:
 
 
 async def flow(
-    connections: Connections, requests: Sequence[bytes], rate: float, seconds: float, going: Callable[[], bool] = lambda: True
+    connections: Connections,
+    requests: Sequence[bytes],
+    rate: float,
+    seconds: float,
+    going: Callable[[], bool] = lambda: True,
+    seed: int = 0,
 ) -> list[Answer]:
     """Send ``rate`` requests a second on average, at random moments, while this lasts and ``going``; wait for all answers."""
     answers: list[Answer] = []
     tasks: set[asyncio.Task[None]] = set()
-    chance = random.Random(0)
+    chance = random.Random(seed)
     due = time.monotonic()
     end = due + seconds
     count = 0

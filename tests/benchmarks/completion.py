@@ -1,0 +1,18 @@
+"""The service with batches that run to completion, to be compared: what came together is refined to its end before more is let in."""
+
+from service import engine
+from service.__main__ import cli
+from service.scheduler import Row, Scheduler
+
+
+class ToCompletion(Scheduler):
+    def step(self) -> list[Row]:
+        done: list[Row] = []
+        while self.active:
+            done += super().step()
+        return done
+
+
+if __name__ == "__main__":
+    engine.Scheduler = ToCompletion  # type: ignore[misc]
+    cli()
