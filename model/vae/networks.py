@@ -95,7 +95,7 @@ def _image_encoder(modality: ImageModality, features: int, width: int) -> nn.Mod
     height, side = modality.height, modality.width
     for level in range(_halvings(modality)):
         after = _channels(width, level)
-        norm = nn.GroupNorm(math.gcd(GROUPS, after), after)
+        norm = _GroupNorm(math.gcd(GROUPS, after), after)
         layers += [nn.Conv2d(channels, after, kernel_size=4, stride=2, padding=1), norm, nn.SiLU()]
         channels, height, side = after, height // 2, side // 2
     return nn.Sequential(_Centred(), *layers, nn.Flatten(), nn.Linear(channels * height * side, features), nn.SiLU())
@@ -126,6 +126,17 @@ class _ImageDecoder(nn.Module):
         grown = self.layers(z)
         cut: Tensor = grown[:, :, self.top : self.top + self.height, self.left : self.left + self.width]
         return cut
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Spelled out where a graph is recorded: as the exporter spells it, it cannot take a batch of no rows."""
+
+    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch channel height width"]:
+        if not torch.compiler.is_exporting():
+            return super().forward(x)
+        group = math.prod(x.shape[1:]) // self.num_groups
+        normal = nn.functional.layer_norm(x.reshape(x.shape[0], self.num_groups, group), (group,), eps=self.eps)
+        return normal.reshape(x.shape) * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 class _Centred(nn.Module):
