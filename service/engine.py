@@ -180,8 +180,8 @@ class Engine:
             raise
 
     def _wake_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Once what is ready in this turn of the event loop has been submitted too: it runs together, and the two threads do not
-        take the interpreter from each other for every request."""
+        """Once what is ready in this turn of the event loop has been submitted too: it runs together, and the two threads do
+        not take the interpreter from each other for every request."""
         if self._waker is not loop:
             self._waker = loop
             loop.call_soon(self._wake)

@@ -41,7 +41,11 @@ def raw(seconds: float) -> dict[str, float]:
 def steps(seconds: float) -> dict[str, float]:
     """Seconds of one bare call of the refine graph with these rows."""
     runtime = Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
-    return {str(rows): timed(lambda: runtime.refine(*arguments), seconds) for rows in (1, 32) for arguments in [_start(runtime, rows)]}
+    return {
+        str(rows): timed(lambda: runtime.refine(*arguments), seconds)
+        for rows in (1, 32)
+        for arguments in [_start(runtime, rows)]
+    }
 
 
 def torch(seconds: float) -> dict[str, float]:

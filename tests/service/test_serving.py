@@ -50,6 +50,20 @@ def test_golden_examples_that_differ_keep_the_service_from_being_ready(serve: Se
         assert "concord_ready 0.0" in client.get("/metrics").text
 
 
+def test_a_graph_that_fails_for_want_of_a_modality_keeps_the_service_from_being_ready(serve: Serve, runtime: Runtime) -> None:
+    """Golden examples may all be complete. Most requests are not."""
+
+    class Demanding(Runtime):
+        def encode(self, inputs: Any, present: Any) -> Posterior:
+            if not present[:, 0].any():
+                raise RuntimeError("no rows to take")
+            return super().encode(inputs, present)
+
+    with serve(Demanding(runtime.bundle, threads=1)) as client:
+        assert failing(client, "/readyz") == ["warmed"]
+        assert client.post("/embed", json=WORD).json()["code"] == "not_ready"
+
+
 class Faulty(Runtime):
     """The real graphs, with a fault before them that a test switches on."""
 
