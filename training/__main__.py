@@ -28,6 +28,7 @@ from training.evaluate import evaluate as figures_of
 from training.export import export as export_run
 from training.fit import DivergenceError, load
 from training.fit import fit as train
+from training.grid import draw_grid, examples
 from training.guess import guess
 from training.measure import generation
 from training.metrics.judge import judges
@@ -42,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-EVALUATION = "evaluation.json"
+EVALUATION, GRID = "evaluation.json", "grid.png"
 GENERATED_ROWS = 2000  # test rows that something is generated from when a run is evaluated
 RESULTS = Path("training/results")
 
@@ -125,7 +126,8 @@ def fit(
     """Train all stages, then evaluate.
 
     Stopped at any moment, even by SIGKILL, the same command continues from the last checkpoint and ends with the same numbers.
-    Progress goes to stderr, figures to stdout; the run's folder keeps metrics.jsonl, checkpoint.pt and evaluation.json.
+    Progress goes to stderr, figures to stdout; the run's folder keeps metrics.jsonl, checkpoint.pt, evaluation.json
+    and grid.png, what is generated from each subset.
     """
     settings = config.load(configuration)
     path = out or Path("runs") / settings.name
@@ -248,6 +250,7 @@ def _evaluate(
         figures |= generation(settings, vae, test, who, GENERATED_ROWS, progress)
     figures["training"] = run.cost()
     run.write(EVALUATION, figures)
+    draw_grid(vae, examples(test)).save(run.path / GRID, optimize=True)
     _print_figures(figures)
 
 

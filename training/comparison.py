@@ -22,14 +22,13 @@ from training.config import Config, ConfigError, Model
 from training.evaluate import evaluate
 from training.export import code_revision
 from training.fit import fit, load
-from training.grid import draw_grid
+from training.grid import draw_grid, examples
 from training.measure import measure
 from training.metrics import frechet
 from training.metrics.judge import judges
 from training.progress import Progress
 
 ROW, FAILURE, GRID = "row.json", "failure.txt", "grid.png"
-GRID_ROWS = 6
 FIGURES = (
     "probe",
     "coherence",
@@ -180,7 +179,7 @@ def _run(path: Path, settings: Config, folder: Path | None, out: Path, test_rows
     who = judges(settings, train, out, progress)
     figures = evaluate(settings, model, train, test, progress)
     figures |= measure(settings, model, test, who, test_rows, progress)
-    draw_grid(model, next(test.batches(0, GRID_ROWS, 0, shuffle=True))).save(path / GRID, optimize=True)
+    draw_grid(model, examples(test)).save(path / GRID, optimize=True)
     cost = run.cost()
     run.write(
         ROW,

@@ -53,6 +53,7 @@ def test_a_run_keeps_what_it_measured(finished: Any) -> None:
         "checkpoint.pt",
         "config.json",
         "evaluation.json",
+        "grid.png",
         "judge-digit.pt",
         "judge-photo.pt",
         "metrics.jsonl",
