@@ -18,7 +18,7 @@ from model.bundle import DEFAULT_BUNDLE, BundleError, builtin, read
 from model.vae.export import ExportError
 from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
-from training import config, data
+from training import config, data, parallel
 from training.check import check, subsets_table
 from training.checkpoint import Run, RunError
 from training.comparison import Plan
@@ -63,6 +63,8 @@ def _explained(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
+            if parallel.started() > 1 and command.__name__ != "fit":
+                raise config.ConfigError("several processes share a fit alone: start the other commands without torchrun")
             command(*args, **kwargs)
         except (config.ConfigError, data.DataError, RunError, DivergenceError, ExportError, BundleError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -128,19 +130,34 @@ def fit(
     Stopped at any moment, even by SIGKILL, the same command continues from the last checkpoint and ends with the same numbers.
     Progress goes to stderr, figures to stdout; the run's folder keeps metrics.jsonl, checkpoint.pt, evaluation.json
     and grid.png, what is generated from each subset.
+
+    Several processes train together, each on its share of every batch, with the same result but for rounding:
+    torchrun --nproc-per-node 2 -m training fit CONFIG. Any number of them continues what any other began. A batch that does
+    not fit into memory goes through in passes: accumulate = 4 in the configuration's stage.
     """
     settings = config.load(configuration)
     path = out or Path("runs") / settings.name
-    training, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
-    if fresh and path.exists():  # now that all else is known to be there
+    with parallel.team() as team:
+        team.check(settings)
+        training, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
+        if team.leads:
+            _prepare(path, settings, fresh=fresh)
+        team.wait()
+        run, progress = Run(path, settings), Progress(quiet=not team.leads)
+        progress.show(subsets_table(training))
+        vae = load(settings, training, run) or train(settings, training, run, progress, team)
+    if team.leads:
+        _evaluate(settings, vae, training, test, run, progress)
+        print(f"\nexport it with: python -m training export {configuration}" + (f" --out {out}" if out else ""))
+
+
+def _prepare(path: Path, settings: config.Config, *, fresh: bool) -> None:
+    """Make the run's folder, now that all else is known to be there."""
+    if fresh and path.exists():
         if not (path / "config.json").exists():
             raise RunError(f"{path}: is no run's folder, and is not removed")
         shutil.rmtree(path)
-    run, progress = Run(path, settings), Progress()
-    progress.show(subsets_table(training))
-    vae = load(settings, training, run) or train(settings, training, run, progress)
-    _evaluate(settings, vae, training, test, run, progress)
-    print(f"\nexport it with: python -m training export {configuration}" + (f" --out {out}" if out else ""))
+    Run(path, settings)
 
 
 @app.command()
@@ -287,5 +304,6 @@ def _print_figures(figures: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.INFO if parallel.first() else logging.ERROR  # one of several processes speaks for all
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     app()

@@ -132,6 +132,8 @@ class Stage(_Table):
     weight_decay: float = Field(default=0, ge=0, exclude_if=lambda decay: decay == 0)
     """Share of every weight lost a step, times the learning rate (Loshchilov & Hutter 2019): for few rows, against learning
     them by heart."""
+    accumulate: PositiveInt = Field(default=1, exclude_if=lambda passes: passes == 1)
+    """Passes that a batch is shared between, one after the other, where it does not fit into memory at once."""
 
 
 class Joint(Stage):

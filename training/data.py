@@ -35,6 +35,14 @@ class Batch:
     labels: Int64[Tensor, " batch"] | None
     """Class numbers, -1 where unknown. None: the data has no labels."""
 
+    def __len__(self) -> int:
+        return len(self.present)
+
+    def take(self, rows: slice) -> "Batch":
+        """Some of the rows."""
+        arrays = {name: array[rows] for name, array in self.arrays.items()}
+        return Batch(arrays, self.present[rows], None if self.labels is None else self.labels[rows])
+
 
 class Dataset:
     """The rows of one split, in memory. ``load`` makes it.

@@ -46,7 +46,7 @@ def draft(file: Path, rows: int, guesses: Sequence[Guess]) -> str:
         raise DataError(f"{file}: has {len(named)} columns that can be modalities, two are the least. Found: {found}")
     kept, others = dict(list(named.items())[:MOST_MODALITIES]), list(named)[MOST_MODALITIES:]
     lines = [
-        f"# Drafted from {file.name}, {rows:,} rows. Look through it: kinds and sizes are guesses.",
+        f"# Drafted from {_plain(file.name)}, {rows:,} rows. Look through it: kinds and sizes are guesses.",
         "#   python -m training check <this file>",
         "#   python -m training fit <this file>",
         "",
@@ -91,7 +91,7 @@ def draft(file: Path, rows: int, guesses: Sequence[Guess]) -> str:
 def _modality(name: str, guess: Guess) -> list[str]:
     learned = {"text": "its tokens", "categorical": "the classes", "vector": "mean and std"}.get(guess.role)
     lines = [
-        f"# {', '.join(guess.columns)}: {guess.note}; absent in {guess.nulls:,} rows",
+        f"# {_plain(', '.join(guess.columns))}: {_plain(guess.note)}; absent in {guess.nulls:,} rows",
         "[[modalities]]",
         f"name = {_toml(name)}",
         f'kind = "{guess.role}"',
@@ -126,8 +126,13 @@ def _data(file: Path, named: dict[str, Guess], guesses: Sequence[Guess]) -> list
         'licence = "not stated"  # of the data, and so of the weights',
         "",
     ]
-    skipped = [f"#   {', '.join(g.columns)}: {g.note}" for g in guesses if g.role == "skipped"]
+    skipped = [f"#   {_plain(', '.join(g.columns))}: {_plain(g.note)}" for g in guesses if g.role == "skipped"]
     return [*lines, *(["# Columns that are not used:", *skipped, ""] if skipped else [])]
+
+
+def _plain(text: str) -> str:
+    """Fit for a comment, which ends with its line and knows no control characters."""
+    return re.sub(r"[\x00-\x1f\x7f]", " ", text)
 
 
 def _toml(value: Any) -> str:

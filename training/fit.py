@@ -9,19 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
 from training import baselines
 from training.checkpoint import Position, Run
 from training.config import Config
-from training.data import Dataset
+from training.data import Batch, Dataset
+from training.parallel import Noise, Team, neighbours
 from training.progress import Progress
 from training.stages import Stage, stages
 
 LOG_STEPS = 50
 CHECKPOINT_STEPS = 200  # a multiple of LOG_STEPS, so that a resumed run logs the same means
 WARMUP_STEPS = 100
+ALONE = Team()
 
 
 class DivergenceError(Exception):
@@ -44,18 +47,23 @@ def build(config: Config, data: Dataset) -> Generative:
     return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # missing in PyTorch's stubs
 
 
-def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Generative:
+def fit(config: Config, data: Dataset, run: Run, progress: Progress, team: Team = ALONE) -> Generative:
     """Train all stages, from the run's checkpoint if it has one. The same configuration and data give the same numbers,
-    interrupted or not.
+    interrupted or not; other numbers of processes give the same but for rounding.
+
+    Args:
+        team: the processes that train together. All of them call this; the one that leads writes to the run.
 
     Raises:
+        ConfigError: the batches cannot be shared between so many processes.
         DivergenceError: a loss or a weight that is not finite; the last checkpoint is from before it.
     """
-    torch.set_num_threads(config.thread_count)
+    team.check(config)
+    torch.set_num_threads(config.threads or max(1, config.thread_count // neighbours()))
     vae = build(config, data)
     plan = _plan(vae, config)
     position, optimizer_state = Position(), None
-    if saved := run.resume():
+    if saved := run.resume() if team.leads else run.checkpoint():
         position, state = saved
         vae.load_state_dict(state["model"])
         optimizer_state = state["optimizer"]
@@ -69,8 +77,8 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Generati
         if optimizer_state is not None:
             optimizer.load_state_dict(optimizer_state)
             optimizer_state = None
-        _fit_stage(config, data, run, progress, vae, optimizer, plan[index], index, first)
-        _save(run, Position(index + 1), vae, None)
+        _fit_stage(config, data, run, progress, team, vae, optimizer, plan[index], index, first)
+        _save(run, team, Position(index + 1), vae, None)
     return vae.eval()
 
 
@@ -92,6 +100,7 @@ def _fit_stage(
     data: Dataset,
     run: Run,
     progress: Progress,
+    team: Team,
     vae: Generative,
     optimizer: torch.optim.Optimizer,
     stage: Stage,
@@ -112,18 +121,15 @@ def _fit_stage(
             batch = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(step, total)
-            generator = torch.Generator().manual_seed(_seed(config.seed, index, step, 1))
-            with _precision(config):
-                loss, figures = stage.loss(batch, generator)
-            if not math.isfinite(value := loss.item()):
-                raise DivergenceError(f"stage {stage.name}, step {step}: the loss is {value}. Lower {stage.name}.learning_rate")
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            figures = _slopes(config, team, vae, stage, batch, _seed(config.seed, index, step, 1))
+            if not math.isfinite(value := figures.pop("loss")):
+                raise DivergenceError(f"stage {stage.name}, step {step}: the loss is {value}. Lower {stage.name}.learning_rate")
             optimizer.step()
             for name, figure in figures.items():
-                sums[name] = sums.get(name, 0.0) + figure.item()
+                sums[name] = sums.get(name, 0.0) + figure
             done = step + 1
-            if done % LOG_STEPS == 0 or done == total:
+            if team.leads and (done % LOG_STEPS == 0 or done == total):
                 window = (done - 1) % LOG_STEPS + 1
                 elapsed, since = time.perf_counter() - since, time.perf_counter()
                 means = {name: round(total_ / window, 4) for name, total_ in sums.items()}
@@ -143,14 +149,29 @@ def _fit_stage(
                 )
                 advance(done, {**means, "rows/s": speed})
             if done % CHECKPOINT_STEPS == 0 and done < total:
-                _save(run, Position(index, done), vae, optimizer.state_dict())
+                _save(run, team, Position(index, done), vae, optimizer.state_dict())
 
 
-def _save(run: Run, position: Position, vae: Generative, optimizer: dict[str, Any] | None) -> None:
+def _slopes(config: Config, team: Team, vae: Generative, stage: Stage, batch: Batch, seed: int) -> dict[str, float]:
+    """Leave the gradients of the whole batch's loss, share by share. Returns the figures of the stage, and the loss."""
+    found: dict[str, Tensor] = {}
+    for share in team.shares(len(batch), stage.settings.accumulate):
+        with _precision(config):
+            loss, figures = stage.loss(batch.take(share), Noise(seed, len(batch), share))
+        weight = (share.stop - share.start) / len(batch)
+        (loss * weight).backward()
+        for name, figure in {**figures, "loss": loss}.items():
+            found[name] = found.get(name, 0.0) + figure.detach() * weight
+    sums = team.add_up(vae.parameters(), torch.stack(list(found.values())))
+    return dict(zip(found, sums.tolist(), strict=True))
+
+
+def _save(run: Run, team: Team, position: Position, vae: Generative, optimizer: dict[str, Any] | None) -> None:
     broken = [name for name, value in vae.state_dict().items() if not bool(value.isfinite().all())]
     if broken:  # a finite loss may have an infinite slope: a checkpoint of that would never recover
         raise DivergenceError(f"{position}: {broken[0]} is no longer finite. Lower the stage's learning_rate")
-    run.save(position, {"model": vae.state_dict(), "optimizer": optimizer})
+    if team.leads:
+        run.save(position, {"model": vae.state_dict(), "optimizer": optimizer})
 
 
 def _schedule(step: int, total: int) -> float:

@@ -23,6 +23,7 @@ SIDE = 64
 """Of a square picture, where the file's pictures differ in size."""
 _EXACT_SIDE = 128  # pictures up to it keep their size, where all have the same
 _SAMPLE = 200  # pictures looked at
+_MOST_CHANNELS = 64  # of ``ImageModality``
 _FEW = 10  # so many strings may differ by chance
 _GREY = frozenset({"1", "L", "I", "F", "I;16"})
 _LABELS = frozenset({"label", "labels", "class", "target", "y", "species"})
@@ -117,11 +118,25 @@ def _nested(table: datasets.Dataset, column: str, values: Any) -> Guess:
     if depth == 1 and numeric:
         return _list(column, values)
     if depth == 3 and numeric:
-        shape = np.shape(next(_values(table, column)))
-        fields = dict(zip(("channels", "height", "width"), shape, strict=True))
-        note = f"lists of {' x '.join(map(str, shape))} numbers in [0, 1]"
-        return Guess((column,), "image", values.null_count, note, fields)
+        return _cubes(table, column, values.null_count)
     return Guess((column,), "skipped", values.null_count, f"{values.type}: no kind of modality")
+
+
+def _cubes(table: datasets.Dataset, column: str, nulls: int) -> Guess:
+    shapes = Counter(_shape(value) for _, value in zip(range(_SAMPLE), _values(table, column), strict=False))
+    (shape, count), looked_at = shapes.most_common(1)[0], shapes.total()
+    if len(shape) != 3 or not (1 <= shape[0] <= _MOST_CHANNELS and min(shape[1:]) >= 2):
+        return Guess((column,), "skipped", nulls, "nested lists that are no channels x height x width")
+    note = f"lists of {' x '.join(map(str, shape))} numbers in [0, 1]"
+    note += f", {looked_at - count} of {looked_at} looked at have another shape" if count < looked_at else ""
+    return Guess((column,), "image", nulls, note, dict(zip(("channels", "height", "width"), shape, strict=True)))
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    try:
+        return np.array(value, np.float32).shape
+    except (TypeError, ValueError):  # lists of different lengths
+        return ()
 
 
 def _is_of(kind: Any, name: Literal["string", "binary"]) -> bool:

@@ -15,10 +15,14 @@ Advance = Callable[[int, Mapping[str, float]], None]
 
 
 class Progress:
-    """Reports to standard error, so that results can be piped."""
+    """Reports to standard error, so that results can be piped.
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    Args:
+        quiet: say nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, quiet=quiet)
 
     def say(self, text: str) -> None:
         """One line."""

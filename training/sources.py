@@ -197,7 +197,7 @@ def open_place(place: Place, folder: Path) -> datasets.Dataset:
             files = {"rows": f"{glob.escape(str(path))}/**"}
             arguments: dict[str, Any] = {"path": "imagefolder", "data_files": files, "drop_labels": False, "split": "rows"}
         elif path.suffix == ".parquet":
-            _refuse_repeated_names(path)
+            _refuse_columns(path)
             arguments = {"path": "parquet", "data_files": {"rows": glob.escape(str(path))}, "split": "rows"}
         else:
             raise DataError(f"{path}: a source is a .parquet file or a folder with one folder of images a class")
@@ -212,11 +212,17 @@ def open_place(place: Place, folder: Path) -> datasets.Dataset:
         raise DataError(f"{_title(place)}: cannot be opened ({type(cause).__name__}: {cause}). {remedy}") from error
 
 
-def _refuse_repeated_names(path: Path) -> None:
+def _refuse_columns(path: Path) -> None:
     try:
-        names = pyarrow.parquet.read_schema(path).names
+        schema = pyarrow.parquet.read_schema(path)
     except Exception:  # told in a moment, when the file is opened
         return
+    names = schema.names
+    for part in schema:
+        try:
+            datasets.Features.from_arrow_schema(pyarrow.schema([part]))
+        except ValueError as error:
+            raise DataError(f"{path}: column {part.name!r} holds {part.type}, which cannot be read. Remove it") from error
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path}: several columns are named {twice}. Rename all but one of each")
 

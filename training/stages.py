@@ -11,10 +11,11 @@ from model.vae.multimodal import MultimodalVAE
 from training import config
 from training.data import Batch
 from training.objectives import Refined, alignment, elbos, every_subset, refine
+from training.parallel import Noise
 
 MAX_SUBSETS = 16  # a batch aligns at most so many; with more modalities, all single ones and a random choice of the others
 
-Loss = Callable[[Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[Batch, Noise], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Stage:
     name: str
     settings: config.Stage
     loss: Loss
-    """Batch, noise generator -> scalar to minimise, and the figures to log, each a scalar in nats."""
+    """Rows, their noise -> scalar to minimise, and the figures to log, each a scalar in nats: means over the
+    rows, so that a batch may be shared."""
 
 
 def stages(vae: MultimodalVAE, settings: config.Config) -> list[Stage]:
@@ -37,45 +39,43 @@ def stages(vae: MultimodalVAE, settings: config.Config) -> list[Stage]:
     ]
 
 
-def joint_loss(vae: MultimodalVAE, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+def joint_loss(vae: MultimodalVAE, batch: Batch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
     """-ELBO of the joint encoder's posterior."""
     posterior = vae.joint(batch.arrays, batch.present)
-    (elbo,) = elbos(vae, batch, [posterior], _noise(vae, batch, 1, generator))
+    (elbo,) = elbos(vae, batch, [posterior], noise.normal(1, vae.latent))
     return -elbo.mean(), {"elbo": elbo.mean()}
 
 
-def refiner_loss(
-    vae: MultimodalVAE, batch: Batch, generator: torch.Generator, settings: config.Refiner
-) -> tuple[Tensor, dict[str, Tensor]]:
+def refiner_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner) -> tuple[Tensor, dict[str, Tensor]]:
     """The refiner learns its steps; encoder and decoders go on, the decoders at refined posteriors too."""
-    loss, figures, refined = _joint_and_refined(vae, batch, generator, settings, learn=True)
+    loss, figures, refined = _joint_and_refined(vae, batch, noise, settings, learn=True)
     return loss + refined.loss.mean() / settings.steps, figures
 
 
 def align_loss(
-    vae: MultimodalVAE, batch: Batch, generator: torch.Generator, refiner: config.Refiner, settings: config.Align
+    vae: MultimodalVAE, batch: Batch, noise: Noise, refiner: config.Refiner, settings: config.Align
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The aligned encoder learns the refined posterior from every subset; all but the refiner goes on.
 
     Students that never reconstruct do not learn to generate (what CRMVAE found), hence the reconstruction term: decoders and
     aligned encoder also serve samples from the posterior of a random subset.
     """
-    loss, figures, refined = _joint_and_refined(vae, batch, generator, refiner, learn=False)
+    loss, figures, refined = _joint_and_refined(vae, batch, noise, refiner, learn=False)
     subsets = every_subset(len(vae.modalities))
     if len(subsets) > MAX_SUBSETS:
         singles = len(vae.modalities)
-        others = torch.randperm(len(subsets) - singles, generator=generator)[: MAX_SUBSETS - singles] + singles
+        others = noise.order(len(subsets) - singles)[: MAX_SUBSETS - singles] + singles
         subsets = torch.cat((subsets[:singles], subsets[others]))
     divergences, students = alignment(vae, batch, refined.posterior, subsets)
     loss = loss + vae.beta * divergences.sum(0).mean()
     figures["align"] = divergences.mean()
     if settings.reconstruction:
         # One student a row, drawn at random, costs a single pass through the decoders.
-        choice = torch.randint(len(students), (len(batch.present),), generator=generator)
+        choice = noise.choices(len(students))
         rows = torch.arange(len(choice))
         mean = torch.stack([s.mean for s in students])[choice, rows]
         log_var = torch.stack([s.log_var for s in students])[choice, rows]
-        z = mean + (0.5 * log_var).exp() * _noise(vae, batch, 1, generator)[:, 0]
+        z = mean + (0.5 * log_var).exp() * noise.normal(1, vae.latent)[:, 0]
         evidence = vae.evidences(batch.arrays, batch.present, z.unsqueeze(1))[:, 0]
         some = (batch.present & subsets[choice]).any(1)
         evidence = torch.where(some, evidence, torch.zeros_like(evidence))
@@ -85,17 +85,13 @@ def align_loss(
 
 
 def _joint_and_refined(
-    vae: MultimodalVAE, batch: Batch, generator: torch.Generator, settings: config.Refiner, *, learn: bool
+    vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner, *, learn: bool
 ) -> tuple[Tensor, dict[str, Tensor], Refined]:
     start = vae.joint(batch.arrays, batch.present)
     pairs = settings.samples // 2
-    noise = antithetic(_noise(vae, batch, pairs, generator))
-    judges = torch.stack([antithetic(_noise(vae, batch, pairs, generator)) for _ in range(settings.steps)]) if learn else None
-    refined = refine(vae, batch, start, noise, settings.steps, judges)
-    at_start, at_refined = elbos(vae, batch, [start, refined.posterior], _noise(vae, batch, 2, generator))
+    climbed = antithetic(noise.normal(pairs, vae.latent))
+    judges = torch.stack([antithetic(noise.normal(pairs, vae.latent)) for _ in range(settings.steps)]) if learn else None
+    refined = refine(vae, batch, start, climbed, settings.steps, judges)
+    at_start, at_refined = elbos(vae, batch, [start, refined.posterior], noise.normal(2, vae.latent))
     loss = -(at_start + at_refined).mean() / 2
     return loss, {"elbo": at_start.mean(), "refined": at_refined.mean()}, refined
-
-
-def _noise(vae: MultimodalVAE, batch: Batch, samples: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(len(batch.present), samples, vae.latent, generator=generator)

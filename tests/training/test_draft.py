@@ -1,7 +1,9 @@
 """From a Parquet file to a configuration: what columns are taken for, what is told of them, what is refused and how."""
 
 import io
+import re
 import tomllib
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,15 @@ def png(mode: str, size: tuple[int, int]) -> bytes:
         ("bytes", repeated(b"no picture"), "skipped", {}),
         ("ragged", [[1.0] * (n + 1) for n in range(24)], "skipped", {}),
         ("matrix", repeated([[1.0]]), "skipped", {}),
+        (
+            "cubes",
+            repeated([[[0.5, 1.0], [0.5]]], np.zeros((2, 3, 3)).tolist(), np.zeros((2, 3, 3)).tolist()),
+            "image",
+            {"channels": 2, "height": 3, "width": 3},
+        ),
+        ("crooked", repeated([[[0.5, 1.0], [0.5]]]), "skipped", {}),
+        ("flat", repeated([[[0.5]]]), "skipped", {}),
+        ("hollow", [[], [[[1.0]]]] * 12, "skipped", {}),
     ],
 )
 def test_what_a_column_is_taken_for(name: str, values: list[Any], role: str, fields: dict[str, Any]) -> None:
@@ -144,11 +155,16 @@ def hostile(file: Path) -> None:
         "caption": ["a red cup", "x" * 10**6, "", "a red cup", "!!!", None, "a blue cup", "a red cup"],
         "price": [1.0, 2.0, float("nan"), 4.0, None, 6.0, 7.0, 8.0],
         "nothing": [None] * 8,
+        "cube": [np.zeros((2, 2, 2)).tolist()] * 5 + [[[[1.0], [0.5, 0.5]]], [], [[[2.0] * 2] * 2] * 2],
+        "mixed\nup": ["1", "a b c", "", "12.5 cm wide", None, "x y", "\x00 null", "[red] [/]"],
+        "when": [datetime(2024, 1, 1)] * 8,
     }
     datasets.Dataset.from_dict(rows).to_parquet(file)
 
 
-def test_a_hostile_file_is_told_of_column_by_column_and_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_file_is_told_of_column_by_column_and_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     hostile(tmp_path / "hostile.parquet")
     began = run("init", "hostile.parquet")
@@ -156,7 +172,9 @@ def test_a_hostile_file_is_told_of_column_by_column_and_row_by_row(tmp_path: Pat
     assert "2 of 7 looked at are damaged" in began.stdout
     drafted = Path("hostile.toml").read_text()
     assert "#   nothing: empty" in drafted
-    Path("hostile.toml").write_text(drafted.replace("held_out = 0.1", "held_out = 0.25"))
+    assert "#   when: timestamp[us]: no kind of modality" in drafted
+    drafted = re.sub(r"epochs = .*", "epochs = 1", drafted).replace("held_out = 0.1", "held_out = 0.25")
+    Path("hostile.toml").write_text(drafted.replace("[network]", "[network]\nfeatures = 8\nwidth = 2\nhidden = 8"))
     checked = run("check", "hostile.toml")
     assert checked.exit_code == 0, checked.output
     told = checked.stdout
@@ -170,9 +188,17 @@ def test_a_hostile_file_is_told_of_column_by_column_and_row_by_row(tmp_path: Pat
         (6, "features", "received null"),
         (1, "caption", "1000000 characters, 10000 are allowed"),
         (4, "caption", "has no word"),
+        (5, "cube", "nested lists of numbers"),
+        (6, "cube", "the shape must be [2, 2, 2], received [0]"),
+        (7, "cube", "within [0, 1]"),
     ):
         assert f"row {row}: column {column} holds no {column}: " in told
         assert reason in told
+    fitted = run("fit", "hostile.toml")
+    assert fitted.exit_code == 0, fitted.output
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for column in ("photo", "features", "caption"):
+        assert any(f"column '{column}' holds no {column}" in told and "count as absent" in told for told in warned)
     Path("hostile.toml").write_text(Path("hostile.toml").read_text().replace('"absent"', '"fail"'))
     for command in ("check", "fit"):
         refused = run(command, "hostile.toml")
@@ -197,6 +223,8 @@ def test_what_cannot_be_trained_on_is_refused_without_a_traceback(
     refused = run("init", "own.parquet")
     if refused.exit_code == 0:
         refused = run("check", "own.toml")
+        fitted = run("fit", "own.toml")
+        assert (fitted.exit_code, told in fitted.stderr) == (2, True), fitted.output
     assert refused.exit_code == 2
     assert told in refused.stderr
     assert isinstance(refused.exception, SystemExit)
@@ -216,6 +244,14 @@ def test_files_that_are_no_table_are_refused(tmp_path: Path) -> None:
         refused = run("init", tmp_path / name, "--out", tmp_path / "own.toml")
         assert (refused.exit_code, told in refused.stderr) == (2, True), refused.output
     assert not (tmp_path / "own.toml").exists()
+
+
+def test_a_column_of_a_type_that_nobody_reads_is_named(tmp_path: Path) -> None:
+    pairs = pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "pairs": pairs}), tmp_path / "own.parquet")
+    refused = run("init", tmp_path / "own.parquet", "--out", tmp_path / "own.toml")
+    assert refused.exit_code == 2
+    assert "column 'pairs' holds map<string, int64 ('pairs')>, which cannot be read. Remove it" in refused.stderr
 
 
 def test_a_draft_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ from model.vae.multimodal import MultimodalVAE
 from training import config, stages
 from training.data import Batch
 from training.objectives import every_subset
+from training.parallel import Noise
 from training.stages import align_loss, joint_loss, refiner_loss
 
 ROWS = 6
 REFINER = config.Refiner(steps=2, samples=2)
-Loss = Callable[[MultimodalVAE, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[MultimodalVAE, Batch, Noise], tuple[Tensor, dict[str, Tensor]]]
 LOSSES: dict[str, Loss] = {
     "joint": joint_loss,
     "refiner": lambda vae, batch, noise: refiner_loss(vae, batch, noise, REFINER),
@@ -36,8 +37,8 @@ def batch(tiny_vae: MultimodalVAE, make_rows: Any) -> Batch:
     return Batch(make_rows(tiny_vae.modalities, ROWS), present, None)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int = 0) -> Noise:
+    return Noise(seed, ROWS)
 
 
 def slopes(vae: MultimodalVAE, loss: Tensor, part: str) -> list[Tensor]:
@@ -85,8 +86,7 @@ def test_stages_are_wired_to_their_losses(vae: MultimodalVAE, batch: Batch, make
 def test_the_joint_loss_is_the_negative_elbo(vae: MultimodalVAE, batch: Batch) -> None:
     loss, figures = joint_loss(vae, batch, seeded())
     q = vae.joint(batch.arrays, batch.present)
-    noise = torch.randn(ROWS, 1, vae.latent, generator=seeded())
-    expected = vae.objective(batch.arrays, batch.present, q, standard_like(q), noise).mean()
+    expected = vae.objective(batch.arrays, batch.present, q, standard_like(q), seeded().normal(1, vae.latent)).mean()
     torch.testing.assert_close(-loss, expected)
     torch.testing.assert_close(figures["elbo"], expected)
 

@@ -2,6 +2,10 @@
 number of epochs as ours. What differs is the posterior of a subset and the objective, each in a module of its own.
 """
 
+from collections.abc import Callable
+
+from torch import Generator, Tensor
+
 from model.vae.generative import Generative
 from training import config
 from training.baselines.jmvae import JMVAE
@@ -11,7 +15,8 @@ from training.baselines.mopoe import MoPoE
 from training.baselines.mvae import MVAE
 from training.baselines.mvtcae import MVTCAE
 from training.baselines.rival import ExpertRival
-from training.stages import Stage
+from training.data import Batch
+from training.stages import Loss, Stage
 
 MODELS: dict[str, type[ExpertRival] | type[JNF]] = {
     "jmvae": JMVAE,
@@ -28,7 +33,11 @@ def stages(rival: Generative, settings: config.Config) -> list[Stage]:
     joint, refiner, align = settings.joint, settings.refiner, settings.align
     if isinstance(rival, JNF):
         first = joint.model_copy(update={"epochs": joint.epochs + refiner.epochs})
-        return [Stage("joint", first, rival.joint_loss), Stage("flows", align, rival.flow_loss)]
+        return [Stage("joint", first, _whole(rival.joint_loss)), Stage("flows", align, _whole(rival.flow_loss))]
     assert isinstance(rival, ExpertRival)
     epochs = joint.epochs + refiner.epochs + align.epochs
-    return [Stage("joint", joint.model_copy(update={"epochs": epochs}), rival.loss)]
+    return [Stage("joint", joint.model_copy(update={"epochs": epochs}), _whole(rival.loss))]
+
+
+def _whole(loss: Callable[[Batch, Generator], tuple[Tensor, dict[str, Tensor]]]) -> Loss:
+    return lambda batch, noise: loss(batch, noise.generator)
