@@ -104,6 +104,37 @@ def comparison_table(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rows_table(every: Mapping[str, Any], complete: Mapping[str, Any]) -> str:
+    """Markdown of two evaluations on the same test rows: trained on all rows with what each has, and on the complete ones."""
+    lines = ["| | test rows | all rows | complete rows | by chance |", "| --- | --- | --- | --- | --- |"]
+    for name, sources in every["attributes"].items():
+        for source, found in sources.items():
+            other = complete["attributes"][name][source]
+            for figure, title in (("map", "mean average precision"), ("f1", "F1")):
+                chance = found["chance" if figure == "map" else "f1_chance"]
+                cells = [f"{found['rows']:,}", f"{found[figure]:.3f}", f"{other[figure]:.3f}", f"{chance:.3f}"]
+                lines.append(f"| {name} from {source}, {title} | {' | '.join(cells)} |")
+    for query, galleries in every["retrieval"].items():
+        for gallery, found in galleries.items():
+            other, rows = complete["retrieval"][query][gallery], found["rows"]
+            cells = [f"{rows:,}", f"{found['recall@10']:.3f}", f"{other['recall@10']:.3f}", f"{10 / rows:.3f}"]
+            lines.append(f"| {gallery} by {query}, recall@10 | {' | '.join(cells)} |")
+    minutes = " and ".join(f"{of['training']['seconds'] / 60:.0f}" for of in (every, complete))
+    return "\n".join([*lines, "", f"Training took {minutes} minutes, on one CPU core."])
+
+
+def write_rows(readme: Path, folder: Path) -> None:
+    """Put the table of ``folder``'s all.json and complete.json, of ``evaluate``, between the README's markers; nothing where
+    they are not there.
+
+    Raises:
+        ValueError: the README has no such markers.
+    """
+    files = [folder / f"{name}.json" for name in ("all", "complete")]
+    if all(file.exists() for file in files):
+        _write_section(readme, "birds", rows_table(*(json.loads(file.read_text()) for file in files)))
+
+
 def write_comparisons(readme: Path, results: Path) -> list[Path]:
     """Put the tables of all results files into the README and draw their charts beside them; returns the charts.
 

@@ -16,6 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from model import bundle
 from model.modality import BinaryModality, CategoricalModality, ImageModality, TextModality, VectorModality
 from model.runtime import Runtime
 from tests.graphs import write_bundle
@@ -291,6 +292,20 @@ def test_every_kind_is_given_and_shown(serve: Serve, visit: Visit, of_all_kinds:
         expect(page.locator("#objective")).to_contain_text("the full multimodal ELBO")
         page.get_by_label("sensor 2").fill("warm")
         expect(page.locator("[aria-labelledby=card-sensor]").get_by_role("alert")).to_contain_text("a vector holds numbers")
+        assert not violations(page)
+
+
+def test_another_bundle_is_shown_as_it_is(serve: Serve, visit: Visit) -> None:
+    birds = Runtime.load(bundle.builtin("birds"), threads=1)
+    with serve(birds) as client:
+        page = visit(client)
+        expect(page.locator("#state")).to_have_text("birds@1 · 3 modalities · 64 dimensions")
+        clear(page)
+        page.locator("[aria-labelledby=card-photo] .sample").first.click()
+        expect(page.locator("#told")).to_have_text("Shown: photo, caption, attributes, from photo.")
+        settle(page)
+        answered = subprocess.run(["bash"], input=copied(page), capture_output=True, text=True, check=True, timeout=30)
+        assert json.loads(answered.stdout)["model"] == "birds"
         assert not violations(page)
 
 

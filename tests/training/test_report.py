@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from training.report import comparison_table, write_comparisons
+from training.report import comparison_table, rows_table, write_comparisons, write_rows
 from training.scores import average, finished, scores
 
 README = "# Text\n<!-- comparison -->\nold\n<!-- /comparison -->\nmore\n"
@@ -122,3 +122,24 @@ def test_a_readme_without_markers_is_refused(content: dict[str, Any], tmp_path: 
     (tmp_path / "tiny-40.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="lacks the markers <!-- comparison -->"):
         write_comparisons(tmp_path / "README.md", tmp_path)
+
+
+def test_all_rows_beside_complete_ones(tmp_path: Path) -> None:
+    def evaluation(quality: float) -> dict[str, Any]:
+        found = {"rows": 50, "map": quality, "chance": 0.1, "f1": quality / 2, "f1_chance": 0.2}
+        retrieval = {"photo": {"caption": {"rows": 40, "recall@1": 0.0, "recall@10": quality}}}
+        return {"attributes": {"traits": {"photo": found}}, "retrieval": retrieval, "training": {"seconds": 60}}
+
+    table = rows_table(evaluation(0.8), evaluation(0.6))
+    assert "| traits from photo, mean average precision | 50 | 0.800 | 0.600 | 0.100 |" in table
+    assert "| traits from photo, F1 | 50 | 0.400 | 0.300 | 0.200 |" in table
+    assert "| caption by photo, recall@10 | 40 | 0.800 | 0.600 | 0.250 |" in table
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- birds -->\nold\n<!-- /birds -->\n")
+    write_rows(readme, tmp_path)
+    assert "old" in readme.read_text()
+    for name in ("all", "complete"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(evaluation(0.5)))
+    write_rows(readme, tmp_path)
+    assert "recall@10" in readme.read_text()
+    assert "old" not in readme.read_text()
