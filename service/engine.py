@@ -20,6 +20,8 @@ __all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine
 
 BEAT_SECONDS = 0.5
 """The idle thread beats this often."""
+AT_ONCE_SECONDS = 0.001
+"""What is foreseen to take no longer runs on the event loop where it is alone: the way to the thread and back would cost as much."""
 MIN_RETRY_MS = 50
 LENIENCE = 1.25
 """Of the longest wait, for what is decoded already: several are let in while the first of them is."""
@@ -95,6 +97,8 @@ class Engine:
         self._held_runs = 0  # of all rows held; guarded as they are
         self._busy = self._runs = 0.0  # seconds and runs of the last ticks
         self._usual_runs = 1.0  # of the last requests
+        self._row_seconds = math.inf  # of a row's first run, lately
+        self._parked = False  # the thread waits for rows
         self._beat = monotonic()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
@@ -184,12 +188,36 @@ class Engine:
         take the interpreter from each other for every request."""
         if self._waker is not loop:
             self._waker = loop
-            loop.call_soon(self._wake)
+            loop.call_soon(self._wake, loop)
 
-    def _wake(self) -> None:
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         self._waker = None
         with self._changed:
-            self._changed.notify()
+            rows = self._at_once(loop)
+            if len(self._waiting) > len(rows):
+                self._changed.notify()
+            if not rows:
+                return
+            self._waiting = deque(row for row in self._waiting if row not in rows)
+        _resolve(self._settle(self._admit(rows)))
+
+    def _at_once(self, loop: asyncio.AbstractEventLoop) -> list[Row]:
+        """Rows to run on the event loop: what one quick run answers, where a single request waits and the thread is idle, or where
+        it refines, for a step of that would hold them up."""
+        if self._failures or self._runtime.device != "cpu":
+            return []
+        rows = [row for row in self._waiting if row.work.runs == 1 and self._owners[row].loop is loop]
+        alone = self._parked and len({self._owners[row] for row in self._waiting}) == 1
+        quick = len(rows) <= self._scheduler.max_batch and len(rows) * self._row_seconds <= AT_ONCE_SECONDS
+        return rows if rows and quick and (alone or self._scheduler.active) else []
+
+    def _admit(self, rows: list[Row]) -> list[Row]:
+        began = monotonic()
+        done = self._scheduler.admit(rows)
+        if rows:
+            seconds = (monotonic() - began) / len(rows)
+            self._row_seconds = seconds if self._row_seconds == math.inf else 0.8 * self._row_seconds + 0.2 * seconds
+        return done
 
     def _objection(self, items: int, max_wait: float, more_runs: float = 0.0) -> QueueFull | EngineFailed | None:
         """Made and not raised where nobody asks for that: most answers under overload are this one."""
@@ -207,8 +235,8 @@ class Engine:
         try:
             while (rows := self._take()) is not None:
                 began, runs = monotonic(), self._scheduler.runs
-                self._settle(self._scheduler.admit(rows))
-                self._settle(self._scheduler.step())
+                _post(self._settle(self._admit(rows)))
+                _post(self._settle(self._scheduler.step()))
                 if (ran := self._scheduler.runs - runs) > 0:
                     with self._changed:
                         self._busy = MEMORY * self._busy + monotonic() - began
@@ -230,7 +258,9 @@ class Engine:
             if not self._waiting and not self._scheduler.active:
                 if self._closing:
                     return None
+                self._parked = True
                 self._changed.wait(BEAT_SECONDS)
+                self._parked = False
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._scheduler.max_batch))]
 
     def _prove(self) -> None:
@@ -262,8 +292,8 @@ class Engine:
             return error
         return None
 
-    def _settle(self, rows: Sequence[Row]) -> None:
-        """Answer the requests that these rows complete or fail."""
+    def _settle(self, rows: Sequence[Row]) -> list[Answer]:
+        """The answers to the requests that these rows complete or fail."""
         if any(isinstance(row.outcome, Outcome) for row in rows):
             self._failures = 0
         elif any(isinstance(row.outcome, Exception) for row in rows):
@@ -283,10 +313,10 @@ class Engine:
                     answers.append((request, failure))
                 elif request.missing == 0:
                     answers.append((request, [other.outcome for other in request.rows if isinstance(other.outcome, Outcome)]))
-        _post(answers)
         for _, answer in answers:
             if isinstance(answer, EngineFailed) and answer.__cause__ is not None:
                 log.error("a graph failed", exception=_trace(answer.__cause__))
+        return answers
 
     def _release(self, request: _Request) -> None:
         """Forget a request that nobody waits for; with the condition held. Rows under way leave at the next tick."""

@@ -62,7 +62,7 @@ class Row:
 
 
 class Scheduler:
-    """Rows between the queue and their outcomes. For one thread.
+    """Rows between the queue and their outcomes. For one thread; another may ``admit`` rows that neither refine nor generate.
 
     Rows without refinement leave in the call that admitted them. The others take one step in each ``step``, whichever rows are
     active together, so that a long refinement never holds back a short one. No answer depends on a row's neighbours.

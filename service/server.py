@@ -47,6 +47,31 @@ class State(ServerState):
     draining = False
 
 
+class _Together:
+    """A transport that holds the head of an answer back until the body comes, so that one call and one packet take both."""
+
+    __slots__ = ("_head", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head == b"":
+            self._head = data
+        elif self._head is not None:
+            self._transport.writelines([self._head, data])
+            self._head = None
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+
 class Protocol(HttpToolsProtocol):
     """One connection.
 
@@ -110,6 +135,8 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         if last:
             self.cycle.keep_alive = False
+        if self.parser.get_method() != b"HEAD" and not self.expect_100_continue:
+            self.cycle.transport = _Together(self.transport)  # type: ignore[assignment]  # all of it that is used
 
     def _turned_away(self, last: bool) -> bool:
         """Answered by the door: what stands alone, from who takes in answers and sends its body without being asked to."""
