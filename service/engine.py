@@ -98,7 +98,7 @@ class Engine:
         self._busy = self._runs = 0.0  # seconds and runs of the last ticks
         self._usual_runs = 1.0  # of the last requests
         self._row_seconds = math.inf  # of a row's first run, lately
-        self._parked = False  # the thread waits for rows
+        self._parked = self._stepping = False  # the thread waits for rows, or refines some
         self._beat = monotonic()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
@@ -209,7 +209,7 @@ class Engine:
         rows = [row for row in self._waiting if row.work.runs == 1 and self._owners[row].loop is loop]
         alone = self._parked and len({self._owners[row] for row in self._waiting}) == 1
         quick = len(rows) <= self._scheduler.max_batch and len(rows) * self._row_seconds <= AT_ONCE_SECONDS
-        return rows if rows and quick and (alone or self._scheduler.active) else []
+        return rows if rows and quick and (alone or self._stepping) else []
 
     def _admit(self, rows: list[Row]) -> list[Row]:
         began = monotonic()
@@ -236,7 +236,9 @@ class Engine:
             while (rows := self._take()) is not None:
                 began, runs = monotonic(), self._scheduler.runs
                 _post(self._settle(self._admit(rows)))
+                self._stepping = self._scheduler.active > 0
                 _post(self._settle(self._scheduler.step()))
+                self._stepping = False
                 if (ran := self._scheduler.runs - runs) > 0:
                     with self._changed:
                         self._busy = MEMORY * self._busy + monotonic() - began

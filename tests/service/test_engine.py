@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -26,11 +27,15 @@ class Gated(Runtime):
         self.gate.set()
         self.arrived = threading.Event()
         self.batches: list[int] = []
+        self.threads: list[str] = []
+        self.stepping = threading.Event()
+        self.stepping.set()
         self.steps = 0
         self.poison: BaseException | None = None
 
     def encode(self, inputs: Any, present: Any) -> Posterior:
         self.batches.append(len(present))
+        self.threads.append(threading.current_thread().name)
         self.arrived.set()
         assert self.gate.wait(30), "the test never opened the gate"
         if self.poison and (inputs["word"] == POISON).all(axis=1).any():
@@ -39,6 +44,7 @@ class Gated(Runtime):
 
     def refine(self, inputs: Any, present: Any, posterior: Any, anchor: Any, noise: Any) -> Any:
         self.steps += 1
+        assert self.stepping.wait(30), "the test never let it step"
         return super().refine(inputs, present, posterior, anchor, noise)
 
 
@@ -94,7 +100,8 @@ async def until(condition: Any) -> None:
 
 
 async def blocked(engine: Engine, runtime: Gated) -> "asyncio.Task[list[Outcome]]":
-    """Hold the inference thread inside a run with one row."""
+    """Hold the inference thread inside a run with one row, which is not foreseen to be quick."""
+    engine._row_seconds = math.inf
     runtime.arrived.clear()
     runtime.gate.clear()
     task = asyncio.create_task(engine.submit([word(0)]))
@@ -408,3 +415,55 @@ def test_an_answer_after_the_loop_is_closed_is_dropped(gated: Gated) -> None:
     run(ask())
     engine.stop()
     assert not task.done()
+
+
+async def hurried(engine: Engine) -> None:
+    """Let it learn that a row takes next to nothing, whatever else the machine does."""
+    await engine.submit([word(0)])
+    engine._row_seconds = 1e-6
+
+
+def test_what_is_quick_and_alone_runs_on_the_event_loop(gated: Gated) -> None:
+    async def test() -> None:
+        async with running(gated) as engine:
+            await hurried(engine)
+            await until(lambda: engine._parked)
+            works = [word(1), word(2)]
+            assert np.allclose(means(await engine.submit(works)), encoded(gated, works), atol=1e-5)
+            assert gated.threads == ["inference", "MainThread"]
+
+    run(test())
+
+
+@pytest.mark.parametrize("why", ["slow", "company", "steps"])
+def test_what_is_not_goes_to_the_thread(gated: Gated, why: str) -> None:
+    async def test() -> None:
+        async with running(gated) as engine:
+            await hurried(engine)
+            await until(lambda: engine._parked)
+            if why == "slow":
+                engine._row_seconds = 1.0
+            work = word(1, refine=Refine(steps=1)) if why == "steps" else word(1)
+            await asyncio.gather(*(engine.submit([work]) for _ in range(1 + (why == "company"))))
+            assert set(gated.threads) == {"inference"}
+
+    run(test())
+
+
+def test_while_others_are_refined_what_is_quick_does_not_wait_for_a_step(gated: Gated) -> None:
+    async def test() -> None:
+        async with running(gated) as engine:
+            await hurried(engine)
+            gated.stepping.clear()
+            long = asyncio.create_task(engine.submit([word(1, refine=Refine(steps=2))]))
+            await until(lambda: gated.steps == 1)
+            engine._row_seconds = 1e-6
+            answers = await asyncio.gather(*(engine.submit([word(n)]) for n in (2, 3)))
+            assert np.allclose(means([one for (one,) in answers]), encoded(gated, [word(2), word(3)]), atol=1e-5)
+            assert gated.threads[2:] == ["MainThread"]
+            gated.stepping.set()
+            (refined,) = await long
+            assert refined.refinement is not None
+            assert refined.refinement.steps == 2
+
+    run(test())

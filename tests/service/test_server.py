@@ -211,3 +211,14 @@ def test_work_of_clients_that_left_is_dropped(serve: Serve, runtime: Runtime, st
         engine = client.app.state.bundles.choose(None).engine  # type: ignore[attr-defined]
         assert not engine._owners
         assert client.post("/embed", json={"inputs": [{"word": "one"}]}).status_code == 200
+
+
+def test_an_answer_is_sent_whole(client: httpx.Client) -> None:
+    """Head and body in one packet: what was received first holds both."""
+    body = orjson.dumps({"inputs": [{"word": "seven"}]})
+    with connect(client) as connection:
+        for _ in range(3):
+            connection.sendall(head(len(body)) + body)
+            assert connection.recv(1 << 16).endswith(b"}}")
+        connection.sendall(b"HEAD /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 405")
