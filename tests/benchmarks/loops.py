@@ -1,11 +1,15 @@
-"""The model without a server, on the server's core and one thread: ``python -m tests.benchmarks.loops raw``, steps, torch. JSON."""
+"""The model without a server, on the server's core and one thread: ``python -m tests.benchmarks.loops raw SECONDS``, steps,
+torch, scale. JSON."""
 
 import base64
+import io
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,8 @@ from tests.benchmarks.samples import pictures, words
 from tests.server import ROOT
 
 WARM_SECONDS = 0.3
+FEWEST = 3
+"""Runs, however long each takes."""
 
 
 def raw(seconds: float) -> dict[str, float]:
@@ -91,6 +97,25 @@ def torch(seconds: float) -> dict[str, float]:
     return {"eager": timed(eager, seconds, np.mean), "graphs": timed(graphs, seconds, np.mean)}
 
 
+def scale(seconds: float, folder: str, rows: str, *steps: str) -> dict[str, Any]:
+    """Rows a second that are encoded and refined by each of these numbers of steps, and the largest resident memory."""
+    runtime = Runtime.load(Path(folder), threads=1)
+    with np.load(io.BytesIO(runtime.bundle.content(bundle.GOLDEN)), allow_pickle=False) as golden:
+        places = np.arange(int(rows)) % len(golden["present"])
+        inputs = {m.name: golden[f"input.{m.name}"][places] for m in runtime.modalities}
+    present = np.ones((int(rows), len(runtime.modalities)), dtype=bool)
+    noise = np.random.default_rng(0).standard_normal((int(rows), runtime.samples, runtime.latent), dtype=np.float32)
+    prior = np.zeros((int(rows), runtime.latent), np.float32)
+
+    def run(count: int) -> None:
+        posterior = runtime.encode(inputs, present)
+        for _ in range(count + 1 if count else 0):
+            posterior, _ = runtime.refine(inputs, present, posterior, Posterior(prior, prior), noise)
+
+    rates = [int(rows) / timed(lambda: run(int(count)), seconds) for count in steps]  # noqa: B023
+    return {"rows_per_s": rates, "resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
 def bulk_items() -> list[dict[str, str]]:
     """32 photographs."""
     return [dict(pictures()[number % len(pictures())]) for number in range(32)]
@@ -100,7 +125,7 @@ def timed(run: Callable[[], Any], seconds: float, average: Callable[[list[float]
     """Seconds of one run."""
     times: list[float] = []
     began = time.perf_counter()
-    while (now := time.perf_counter()) - began < WARM_SECONDS + seconds:
+    while (now := time.perf_counter()) - began < WARM_SECONDS + seconds or len(times) < FEWEST:
         run()
         if now - began > WARM_SECONDS:
             times.append(time.perf_counter() - now)
@@ -120,4 +145,5 @@ def _start(runtime: Runtime, rows: int) -> tuple[dict[str, Any], Any, Posterior,
 
 if __name__ == "__main__":
     os.sched_setaffinity(0, {SERVER_CORE})
-    print(json.dumps({"raw": raw, "steps": steps, "torch": torch}[sys.argv[1]](float(sys.argv[2]))))
+    told: Callable[..., Any] = {"raw": raw, "steps": steps, "torch": torch, "scale": scale}[sys.argv[1]]
+    print(json.dumps(told(float(sys.argv[2]), *sys.argv[3:])))
