@@ -60,10 +60,12 @@ def tokens_from_text(modality: TextModality, value: object, limits: Limits) -> I
 
 
 def text_from_array(modality: TextModality, array: Float32[np.ndarray, "length token"]) -> str:
-    """The likeliest text, token by token, from log-probabilities."""
+    """The likeliest text, token by token, from log-probabilities. One whose place says nothing (``shifted``) is turned until it
+    begins behind its longest padding."""
     if modality.unknown_token is not None:
         array = np.where(np.arange(modality.categories) == modality.unknown_token, -np.inf, array)
-    return text_from_tokens(modality, array.argmax(axis=-1))
+    tokens = array.argmax(axis=-1)
+    return text_from_tokens(modality, _turned(tokens) if modality.likelihood == "shifted" else tokens)
 
 
 def text_from_tokens(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> str:
@@ -71,3 +73,13 @@ def text_from_tokens(modality: TextModality, tokens: Int64[np.ndarray, " length"
     if modality.unit == "word":
         return " ".join(modality.vocabulary[token - FIRST_WORD] for token in tokens.tolist() if token >= FIRST_WORD)
     return "".join(modality.alphabet[token] for token in tokens.tolist()).strip(modality.alphabet[0])
+
+
+def _turned(tokens: Int64[np.ndarray, " length"]) -> Int64[np.ndarray, " length"]:
+    """The same ring of tokens, cut where its first longest run of padding ends."""
+    length = len(tokens)
+    written = np.flatnonzero(tokens)
+    if len(written) in (0, length):
+        return tokens
+    gaps = np.diff(written, append=written[0] + length)
+    return np.roll(tokens, -int(written[(int(gaps.argmax()) + 1) % len(written)]))

@@ -24,6 +24,9 @@ from service.keys import Keys
 from service.settings import Settings
 from service.telemetry import Metrics, Telemetry
 
+CALLS = {"/embed": routes.embed, "/cross-generate": routes.cross_generate, "/v1/embeddings": embeddings.embeddings}
+"""What makes up the load, by path."""
+
 
 def create(opened: Sequence[Runtime], settings: Settings, operators: socket.socket | None = None) -> FastAPI:
     """An app that serves opened bundles. They are warmed and checked in its lifespan, before the first request.
@@ -81,7 +84,7 @@ def create(opened: Sequence[Runtime], settings: Settings, operators: socket.sock
             telemetry,
             Middleware(Access, keys=keys, hosts=settings.allowed_hosts, keyless=site.FILES if settings.page else ()),
             Middleware(BodyLimit, limit=settings.max_body_bytes, total=settings.max_bodies_bytes),
-            Middleware(Direct, handlers={"/embed": routes.embed, "/cross-generate": routes.cross_generate}),
+            Middleware(Direct, handlers=CALLS),
         ],
         exception_handlers={Problem: answer_problem, HTTPException: answer_http_exception},
     )

@@ -33,7 +33,7 @@ def describe(bundle: Bundle) -> bytes:
     return orjson.dumps(
         {
             "samples": [
-                {m.name: _wire(m, golden[f"input.{m.name}"][row]) for m in bundle.manifest.modalities}
+                {m.name: as_input(m, golden[f"input.{m.name}"][row]) for m in bundle.manifest.modalities}
                 for row in range(min(len(golden["present"]), MOST_SAMPLES))
             ],
             "map": {
@@ -74,8 +74,8 @@ def _arrays(bundle: Bundle, name: str) -> dict[str, NDArray[Any]]:
         return {key: archive[key] for key in archive.files}
 
 
-def _wire(modality: Modality, array: NDArray[Any]) -> Any:
-    """The value of one row as a call takes it."""
+def as_input(modality: Modality, array: NDArray[Any]) -> Any:
+    """The value of one row, an array as training reads it, as a call takes it."""
     if isinstance(modality, TextModality):
         return text_from_tokens(modality, array)
     if isinstance(modality, CategoricalModality):

@@ -29,6 +29,8 @@ from training.export import export as export_run
 from training.fit import DivergenceError, load
 from training.fit import fit as train
 from training.guess import guess
+from training.measure import generation
+from training.metrics.judge import judges
 from training.progress import Progress
 from training.report import write_comparisons, write_results
 from training.sources import open_place
@@ -41,6 +43,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 EVALUATION = "evaluation.json"
+GENERATED_ROWS = 2000  # test rows that something is generated from when a run is evaluated
 RESULTS = Path("training/results")
 
 Configuration = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, such as training/configs/digits.toml.")]
@@ -239,7 +242,11 @@ def _finished(
 def _evaluate(
     settings: config.Config, vae: Generative, training: data.Dataset, test: data.Dataset, run: Run, progress: Progress
 ) -> None:
-    figures = {**figures_of(settings, vae, training, test, progress), "training": run.cost()}
+    figures = figures_of(settings, vae, training, test, progress)
+    if settings.data.pairing == "class" and training.class_names:  # then what is generated has a class to show
+        who = judges(settings, training, run.path, progress)
+        figures |= generation(settings, vae, test, who, GENERATED_ROWS, progress)
+    figures["training"] = run.cost()
     run.write(EVALUATION, figures)
     _print_figures(figures)
 
@@ -259,8 +266,13 @@ def _print_figures(figures: dict[str, Any]) -> None:
             console.print(f"{query} finds its {gallery} among {found['rows']:,}: {recalls}", markup=False)
     for name, sources in figures.get("attributes", {}).items():
         for source, found in sources.items():
-            told = f"mean average precision {found['map']:.3f}, by chance {found['chance']:.3f}, {found['rows']:,} rows"
+            told = f"mean average precision {found['map']:.3f}, by chance {found['chance']:.3f}; "
+            told += f"F1 {found['f1']:.3f}, by chance {found['f1_chance']:.3f}; {found['rows']:,} rows"
             console.print(f"{name} from {source}: {told}", markup=False)
+    if coherence := figures.get("coherence"):
+        for source, targets in coherence["cross"].items():
+            shown = "  ".join(f"{target} {share:.3f}" for target, share in targets.items())
+            console.print(f"coherence of a sample from {source}: {shown}", markup=False)
     if refinement := figures.get("refinement"):
         console.print(
             f"refinement, {refinement['steps']} steps: ELBO {refinement['elbo_before']:.2f} -> {refinement['elbo_after']:.2f} "

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from model.modality import Modality, TextModality
+from model.modality import ImageModality, Modality, TextModality
 
 
 class ConfigError(Exception):
@@ -90,6 +91,12 @@ class Data(_Table):
     """row: the rows of the one source. class: rows of the first source, each with random rows of the others of its class."""
     random_offset: tuple[str, ...] = ()
     """Text modalities placed at random inside their length, anew each epoch."""
+    random_flip: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
+    """Image modalities mirrored left to right in half of the rows, drawn anew each epoch."""
+    random_shift: dict[str, PositiveInt] = Field(default={}, exclude_if=lambda shifts: not shifts)
+    """Image modalities moved by up to so many pixels in each direction, drawn anew each epoch."""
+    rows: Literal["all", "complete"] = Field(default="all", exclude_if=lambda which: which == "all")
+    """Training rows: all with what each has, or only those that lack nothing. All test rows are tested on either way."""
     class_names: tuple[str, ...] | None = None
     """In the order of the label numbers. None: the names that the sources give."""
     rows_per_epoch: PositiveInt | None = None
@@ -122,6 +129,9 @@ class Stage(_Table):
     batch_size: PositiveInt = 256
     learning_rate: PositiveFloat = 1e-3
     """Highest of the stage: it rises over the first steps and falls to zero along a cosine."""
+    weight_decay: float = Field(default=0, ge=0, exclude_if=lambda decay: decay == 0)
+    """Share of every weight lost a step, times the learning rate (Loshchilov & Hutter 2019): for few rows, against learning
+    them by heart."""
 
 
 class Joint(Stage):
@@ -161,7 +171,8 @@ class Config(_Table):
     model: Model = Field(default="concord", exclude_if=lambda model: model == "concord")
     """Ours, or a rival on the same terms (``baselines``). Ours is left out of what is hashed: older runs keep their hash."""
     seed: NonNegativeInt = 0
-    threads: PositiveInt = 2
+    threads: PositiveInt | None = None
+    """Of PyTorch. None: as many as the process may use cores. Other numbers of threads round otherwise."""
     precision: Literal["bfloat16", "float32"] = "float32"
     modalities: tuple[Modality, ...] = Field(min_length=2, max_length=8)
     data: Data
@@ -170,6 +181,11 @@ class Config(_Table):
     joint: Joint = Joint()
     refiner: Refiner = Refiner()
     align: Align = Align()
+
+    @property
+    def thread_count(self) -> int:
+        """``threads``, counted."""
+        return self.threads or len(os.sched_getaffinity(0))
 
     @property
     def sha256(self) -> str:
@@ -190,6 +206,10 @@ class Config(_Table):
         texts = [m.name for m in self.modalities if isinstance(m, TextModality)]
         if wrong := [name for name in self.data.random_offset if name not in texts]:
             raise ValueError(f"data.random_offset names {wrong}, the text modalities are {texts}")
+        images = [m.name for m in self.modalities if isinstance(m, ImageModality)]
+        for key in ("random_flip", "random_shift"):
+            if wrong := [name for name in getattr(self.data, key) if name not in images]:
+                raise ValueError(f"data.{key} names {wrong}, the image modalities are {images}")
         if self.data.pairing == "row" and len(self.data.sources) > 1:
             raise ValueError(
                 f'data.pairing = "row" takes the rows of one source, received {len(self.data.sources)}: '
@@ -201,24 +221,40 @@ class Config(_Table):
 
 
 def load(path: Path) -> Config:
-    """Read and check a configuration.
+    """Read and check a configuration. A file that ``extends`` another, named from its own folder, says what differs: its keys
+    come before those of the other, table by table; lists are replaced whole.
 
     Raises:
         ConfigError: no file, no TOML, an unknown key, a value that is not allowed, or parts that disagree.
     """
+    try:
+        return Config.model_validate(_read(path, ()))
+    except ValidationError as error:
+        problems = "\n".join(
+            f"  {_describe(problem['type'], problem['loc'], problem['msg'], problem['input'])}" for problem in error.errors()
+        )
+        raise ConfigError(f"{path}:\n{problems}") from error
+
+
+def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in extending:
+        raise ConfigError(f"{path}: extends itself, by way of {' and '.join(other.name for other in extending)}")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # a TOML or a UTF-8 error
         raise ConfigError(f"{path}: not TOML ({error})") from error
-    try:
-        return Config.model_validate(tables)
-    except ValidationError as error:
-        problems = "\n".join(
-            f"  {_describe(problem['type'], problem['loc'], problem['msg'], problem['input'])}" for problem in error.errors()
-        )
-        raise ConfigError(f"{path}:\n{problems}") from error
+    if (other := tables.pop("extends", None)) is None:
+        return tables
+    if not isinstance(other, str):
+        raise ConfigError(f"{path}: extends: the name of another configuration is expected, received {other!r}")
+    return _over(tables, _read(path.parent / other, (*extending, path.resolve())))
+
+
+def _over(tables: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    both = {key for key in tables.keys() & others.keys() if isinstance(tables[key], dict) and isinstance(others[key], dict)}
+    return {**others, **tables, **{key: _over(tables[key], others[key]) for key in both}}
 
 
 def _describe(kind: str, location: tuple[str | int, ...], message: str, received: object) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.bundle import DataSource
 from model.modality import Modality
+from training.augmentation import draw_variations, varied
 from training.config import Config, Data
 from training.learning import learn
 from training.sources import UNKNOWN, DataError, Split, Table, read_table
@@ -57,6 +58,11 @@ class Dataset:
         self.columns = {name: column for table in tables for name, column in table.columns.items()}
         self._partners = [_Partners(tables[0], table) for table in tables[1:]] if data.pairing == "class" else []
         self._free = {name: _free_characters(self.columns[name].values) for name in data.random_offset}
+        self._varied = {
+            m.name: (m.name in data.random_flip, data.random_shift.get(m.name, 0))
+            for m in self.modalities
+            if m.name in data.random_flip or m.name in data.random_shift
+        }
         self._several = [m.name for m in self.modalities if self.columns[m.name].starts is not None]
         if rows_per_epoch is not None and rows_per_epoch > len(self):
             raise DataError(f"{self.sources[0].file}: has {len(self)} rows, data.rows_per_epoch is {rows_per_epoch}. Lower it")
@@ -81,8 +87,8 @@ class Dataset:
         """The batches of one epoch from step ``start`` on.
 
         A pure function of its arguments: step k is the same batch whether or not the steps before it were taken, so that a
-        resumed run goes on exactly. Each epoch draws anew the order (``shuffle``), the partners, the offsets of texts, and one
-        of several texts of a row; without ``shuffle`` that is the first one.
+        resumed run goes on exactly. Each epoch draws anew the order (``shuffle``), the partners, the offsets of texts, one of
+        several texts of a row, and how pictures are varied; without ``shuffle`` it is the first text, and the picture.
 
         Args:
             epoch, seed: 0 and above.
@@ -99,17 +105,22 @@ class Dataset:
         places = {name: taken[table] for name, table in self._table_of.items()}  # of each modality's values
         for stream, name in enumerate(self._several, start=len(taken) + len(self._free)):
             starts, generator = self._starts(name), _generator(seed, epoch, stream)
-            first, last = starts[places[name]], starts[places[name] + 1]
-            places[name] = generator.integers(first, last) if shuffle else first
+            begin, end = starts[places[name]], starts[places[name] + 1]
+            places[name] = generator.integers(begin, end) if shuffle else begin
         offsets = {}
         for stream, (name, free) in enumerate(self._free.items(), start=len(taken)):
             offsets[name] = _generator(seed, epoch, stream).integers(0, free[places[name]] + 1)
+        variations = {}
+        first = len(taken) + len(self._free) + len(self._several)
+        for stream, (name, (flip, shift)) in enumerate(self._varied.items() if shuffle else (), start=first):
+            variations[name] = draw_variations(len(rows), _generator(seed, epoch, stream), flip=flip, shift=shift)
         for step in range(start, steps):
             part = slice(step * batch_size, (step + 1) * batch_size)
             yield self._batch(
                 [rows[part] for rows in taken],
                 {name: place[part] for name, place in places.items()},
                 {name: offset[part] for name, offset in offsets.items()},
+                {name: variation[part] for name, variation in variations.items()},
             )
 
     def subsets(self) -> dict[tuple[str, ...], int]:
@@ -128,18 +139,25 @@ class Dataset:
         return starts
 
     def _batch(
-        self, rows: list[NDArray[np.int64]], places: dict[str, NDArray[np.int64]], offsets: dict[str, NDArray[np.int64]]
+        self,
+        rows: list[NDArray[np.int64]],
+        places: dict[str, NDArray[np.int64]],
+        offsets: dict[str, NDArray[np.int64]],
+        variations: dict[str, NDArray[np.int64]],
     ) -> Batch:
         arrays, present = {}, []
         for modality in self.modalities:
             column = self.columns[modality.name]
             values = column.values[places[modality.name]]
+            here = column.present[rows[self._table_of[modality.name]]]
             if modality.name in offsets:
                 values = _shift(values, offsets[modality.name])
+            if modality.name in variations:
+                values[here] = varied(values[here], variations[modality.name][here])
             if values.dtype == np.uint8:  # in NumPy: torch would wake its threads for a millisecond of work, and wait for them
                 values = np.divide(values, np.float32(255), dtype=np.float32)
             arrays[modality.name] = torch.from_numpy(values)
-            present.append(torch.from_numpy(column.present[rows[self._table_of[modality.name]]]))
+            present.append(torch.from_numpy(here))
         labels = self._tables[0].labels
         return Batch(arrays, torch.stack(present, dim=1), None if labels is None else torch.from_numpy(labels[rows[0]]))
 
@@ -156,7 +174,8 @@ def load(config: Config, split: Split, folder: Path | None = None) -> Dataset:
     folder = folder or Path(os.environ.get("CONCORD_DATA") or config.data.folder)
     modalities, class_names = learn(config, folder)
     tables = [
-        read_table(source, split, modalities, folder, class_names, config.data.bad_values) for source in config.data.sources
+        read_table(source, split, modalities, folder, class_names, config.data.bad_values, config.data.rows)
+        for source in config.data.sources
     ]
     found = Dataset(tables, list(modalities.values()), config.data, config.data.rows_per_epoch if split == "train" else None)
     if split == "train":

@@ -15,7 +15,7 @@ from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
 from training.config import Config
 from training.data import Dataset
-from training.metrics.attributes import mean_average_precision
+from training.metrics.attributes import f1, mean_average_precision
 from training.metrics.probe import linear_probe
 from training.metrics.refinement import JUDGE_SAMPLES, refined_elbos
 from training.metrics.retrieval import recall_at
@@ -28,6 +28,7 @@ BATCH_ROWS = 500
 PROBE_POOL = 6000  # training rows that the probe's points are drawn from
 ALL_SUBSETS = 4  # modalities whose subsets are all probed
 RETRIEVAL_ROWS = 1000  # of a gallery, at most
+ATTRIBUTE_SAMPLES = 32  # of a posterior
 
 
 def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, progress: Progress) -> dict[str, Any]:
@@ -41,10 +42,11 @@ def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, pro
 
     Where rows are pairs of their own (``pairing = "row"``), and some have both:
     ``retrieval``: {query: {gallery: {rows, recall@k}}}, by the means of one modality each; by chance recall@k is k / rows.
-    ``attributes``: {binary modality: {source: {rows, map, chance}}}, of what is decoded from the mean of another modality, or
-    of all others (``others``).
+    ``attributes``: {binary modality: {source: {rows, map, chance, f1, f1_chance}}}, of probabilities decoded from samples of
+    the posterior of another modality, or of all others (``others``), on average; those of the mean are too sure. By chance:
+    every row is told what share of these rows has each attribute.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.thread_count)
     vae = vae.eval().requires_grad_(False)
     figures: dict[str, Any] = {"test_rows": len(test)}
     if train.has_labels:
@@ -74,6 +76,9 @@ def across(vae: Generative, test: Dataset) -> dict[str, Any]:
     names = [m.name for m in vae.modalities]
     singles = every_subset(len(names))[: len(names)]
     parts: dict[str, list[Tensor]] = {}
+    told: dict[tuple[str, str], list[Tensor]] = {}
+    binary = [m.name for m in vae.modalities if isinstance(m, BinaryModality)]
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for batch in test.batches(0, BATCH_ROWS, 0, shuffle=False):
             parts.setdefault("present", []).append(batch.present)
@@ -81,13 +86,18 @@ def across(vae: Generative, test: Dataset) -> dict[str, Any]:
             for index, posterior in enumerate(posteriors(vae, batch.arrays, masks)):
                 name = names[index] if index < len(names) else f"all but {names[index - len(names)]}"
                 parts.setdefault(name, []).append(posterior.mean)
-            for modality in vae.modalities:
-                if isinstance(modality, BinaryModality):
-                    parts.setdefault(f"true {modality.name}", []).append(batch.arrays[modality.name])
+                for target in binary:
+                    if name in (*names, f"all but {target}") and name != target:
+                        z = posterior.sample(ATTRIBUTE_SAMPLES, generator)
+                        decoded = vae.decode(target, z.flatten(0, 1)).view(len(z), ATTRIBUTE_SAMPLES, -1)
+                        told.setdefault((target, name), []).append(decoded.mean(1))
+            for target in binary:
+                told.setdefault((target, target), []).append(batch.arrays[target])
     means = {name: torch.cat(tensors) for name, tensors in parts.items()}
     present = dict(zip(names, means.pop("present").T, strict=True))
-    figures = {"retrieval": _retrieval(means, present), "attributes": _attributes(vae, means, present)}
-    return {name: told for name, told in figures.items() if told}
+    probabilities = {pair: torch.cat(tensors).numpy() for pair, tensors in told.items()}
+    figures = {"retrieval": _retrieval(means, present), "attributes": _attributes(probabilities, binary, present)}
+    return {name: found for name, found in figures.items() if found}
 
 
 def _retrieval(means: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -101,17 +111,26 @@ def _retrieval(means: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str
     return told
 
 
-def _attributes(vae: Generative, means: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _attributes(
+    probabilities: dict[tuple[str, str], Float[np.ndarray, "row attribute"]], targets: list[str], present: dict[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Of ``probabilities`` by target and source; those of a target by itself are the truth."""
     told: dict[str, dict[str, Any]] = {}
-    for name in (m.name for m in vae.modalities if isinstance(m, BinaryModality)):
-        sources = {source: (means[source], has) for source, has in present.items() if source != name}
-        any_other = torch.stack([has for _, has in sources.values()]).any(0)
-        for source, (mean, has) in {**sources, "others": (means[f"all but {name}"], any_other)}.items():
-            rows = has & present[name]
-            with torch.no_grad():
-                decoded = vae.decode(name, mean[rows])
-            if found := mean_average_precision(means[f"true {name}"][rows].numpy(), decoded.numpy()):
-                told.setdefault(name, {})[source] = {"rows": int(rows.sum()), "map": found[0], "chance": found[1]}
+    for target in targets:
+        has = {source: rows for source, rows in present.items() if source != target}
+        names = {source: source for source in has} | {f"all but {target}": "others"}
+        has[f"all but {target}"] = torch.stack(list(has.values())).any(0)
+        for source, name in names.items():
+            rows = (has[source] & present[target]).numpy()
+            truth, decoded = probabilities[target, target][rows], probabilities[target, source][rows]
+            if found := mean_average_precision(truth, decoded):
+                told.setdefault(target, {})[name] = {
+                    "rows": len(truth),
+                    "map": found[0],
+                    "chance": found[1],
+                    "f1": f1(truth, decoded),
+                    "f1_chance": f1(truth, np.broadcast_to(truth.mean(axis=0), truth.shape)),
+                }
     return told
 
 

@@ -103,12 +103,19 @@ def model_card(config: Config, sources: list[DataSource], figures: dict[str, Any
     if "probe" in figures:
         lines += ["Accuracy of a logistic regression on the posterior means of 500 training rows:", ""]
         lines += _table(["embedding of", "accuracy"], [[name, f"{value:.3f}"] for name, value in figures["probe"].items()])
+    if "coherence" in figures:
+        lines += [
+            f"How often one sample shows the class of what it is generated from, on {figures['generated_rows']:,} rows:",
+            "",
+        ]
+        cross = figures["coherence"]["cross"]
+        lines += _table(["from", "into", "coherence"], [[s, t, f"{v:.3f}"] for s, of in cross.items() for t, v in of.items()])
     if "retrieval" in figures:
         lines += ["Recall of a test row by another of its modalities, by cosine similarity of the means:", ""]
         lines += _nested_table(["query", "gallery"], {"recall@1": "recall@1", "recall@10": "recall@10"}, figures["retrieval"])
     if "attributes" in figures:
         lines += ["Attributes decoded from other modalities:", ""]
-        titles = {"map": "mean average precision", "chance": "by chance"}
+        titles = {"map": "mean average precision", "chance": "by chance", "f1": "F1", "f1_chance": "F1 by chance"}
         lines += _nested_table(["attributes", "from"], titles, figures["attributes"])
     refinement = figures["refinement"]
     lines += [

@@ -51,7 +51,7 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Generati
     Raises:
         DivergenceError: a loss or a weight that is not finite; the last checkpoint is from before it.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.thread_count)
     vae = build(config, data)
     plan = _plan(vae, config)
     position, optimizer_state = Position(), None
@@ -64,7 +64,8 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress) -> Generati
         first = position.step if index == position.stage else 0
         if plan[index].name == "align" and first == 0 and isinstance(vae, MultimodalVAE):
             vae.aligned.load_state_dict(vae.joint.state_dict())  # the trunks already see; what is new is to do with less
-        optimizer = torch.optim.Adam(vae.parameters(), lr=plan[index].settings.learning_rate)
+        settings = plan[index].settings
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         if optimizer_state is not None:
             optimizer.load_state_dict(optimizer_state)
             optimizer_state = None

@@ -31,7 +31,7 @@ def learn(config: Config, folder: Path) -> tuple[dict[str, Modality], tuple[str,
         by_string = source.label is not None and class_names is None
         if not lacking and not by_string:
             continue
-        rows = open_rows(source, "train", folder)
+        rows = open_rows(source, "train", folder, config.data.rows)
         if by_string and str(getattr(rows.table.features[source.label], "dtype", "")).endswith("string"):
             class_names = read_labels(rows, str(source.label), None)[1]
         for name, columns in lacking.items():

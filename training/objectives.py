@@ -17,8 +17,6 @@ class Refined(NamedTuple):
 
     posterior: Gaussian
     """lambda_T, cut from the graph."""
-    objectives: Float[Tensor, "step batch"]
-    """The ELBO at lambda_0 ... lambda_T, all with the noise that was climbed."""
     loss: Float[Tensor, " batch"]
     """Has the gradient of -sum_t ELBO(lambda_t) for the refiner, its value means nothing. Zero without ``judges``."""
 
@@ -53,11 +51,9 @@ def refine(
     posterior = start.detach()
     prior = standard_like(posterior)
     loss = torch.zeros(len(posterior.mean))
-    objectives = []
     for step in range(steps):
         with torch.no_grad():
-            gradient, objective = vae.gradient(batch.arrays, batch.present, posterior, prior, noise)
-        objectives.append(objective)
+            gradient, _ = vae.gradient(batch.arrays, batch.present, posterior, prior, noise)
         with torch.set_grad_enabled(judges is not None):
             after = vae.refiner(posterior, gradient)
         posterior = after.detach()
@@ -65,9 +61,7 @@ def refine(
             with torch.no_grad():
                 slope, _ = vae.gradient(batch.arrays, batch.present, posterior, prior, judges[step])
             loss = loss - (after.mean * slope.mean + after.log_var * slope.log_var).sum(-1)
-    with torch.no_grad():
-        objectives.append(vae.objective(batch.arrays, batch.present, posterior, prior, noise))
-    return Refined(posterior, torch.stack(objectives), loss)
+    return Refined(posterior, loss)
 
 
 def alignment(
@@ -78,7 +72,7 @@ def alignment(
     Teacher first: the student covers all that the teacher allows, and where it lacks evidence matches the teacher's moments
     on average. A row contributes where it has some of the subset's modalities; the term is zero elsewhere.
     """
-    features = vae.aligned.features(batch.arrays)
+    features = vae.aligned.features(batch.arrays, batch.present)
     divergences, students = [], []
     for subset in subsets:
         seen = batch.present & subset

@@ -95,7 +95,7 @@ class Rival(Generative):
 def posteriors(model: Generative, arrays: Arrays, masks: Sequence[Bool[Tensor, "batch modality"]]) -> list[Posterior]:
     """The posteriors that a model answers with, one for each mask of what is seen: ours those of the aligned encoder."""
     if isinstance(model, MultimodalVAE):
-        features = model.aligned.features(arrays)
+        features = model.aligned.features(arrays, torch.stack(list(masks)).any(0))
         return [GaussianPosterior(model.aligned.fuse(features, seen)) for seen in masks]
     assert isinstance(model, Rival)
     return model.posteriors(arrays, masks)

@@ -38,11 +38,11 @@ def scores(row: Mapping[str, Any]) -> dict[str, float | None]:
     several modalities, sampled at temperature 1; ``coherence_joint``: from the prior. ``frechet``: mean over images and single
     sources. ``cosine``: mean over modalities, what the shuffled control has taken off. ``log_likelihood``: log p(X) in nats.
     """
-    cross, distances = row["coherence"]["cross"], row["frechet"]
+    distances = row["frechet"]
     return {
         "probe": _mean([v for name, v in row.get("probe", {}).items() if "+" not in name and name != "joint"]),
-        "coherence_one": _mean([v for source, of in cross.items() if "+" not in source for v in of.values()]),
-        "coherence_more": _mean([v for source, of in cross.items() if "+" in source for v in of.values()]),
+        "coherence_one": coherence(row, several=False),
+        "coherence_more": coherence(row, several=True),
         "coherence_joint": row["coherence"]["joint"],
         "frechet": _mean([v for s, of in distances.items() if "+" not in s and s != "prior" for v in of.values()]),
         "cosine": _mean([v["matched"] - v["shuffled"] for v in row["cosine"].values()]),
@@ -50,6 +50,12 @@ def scores(row: Mapping[str, Any]) -> dict[str, float | None]:
         "log_likelihood": row["log_likelihood"]["joint"],
         "minutes": row["seconds"] / 60,
     }
+
+
+def coherence(row: Mapping[str, Any], *, several: bool) -> float | None:
+    """Mean over targets and over sources of one or of several modalities, of what one sample shows."""
+    cross = row["coherence"]["cross"]
+    return _mean([share for source, of in cross.items() if ("+" in source) == several for share in of.values()])
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "test"]
+Which = Literal["all", "complete"]
 _SHOWN = 5  # bad values, in a message
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def read_table(
     folder: Path,
     class_names: tuple[str, ...] | None = None,
     bad_values: Literal["fail", "absent"] = "fail",
+    which: Which = "all",
 ) -> Table:
     """Read one split of a source and decode every row.
 
@@ -74,12 +76,13 @@ def read_table(
         folder: where paths start.
         class_names: stand for the names that the label column gives.
         bad_values: what to do of values that cannot be read, and of rows that then have nothing. ``absent`` warns of both.
+        which: of the training rows.
 
     Raises:
         DataError: the source is missing, empty or damaged, lacks a column, has labels that are no classes, a value that is
             none of its modality, or a row with no modality at all.
     """
-    rows = open_rows(source, split, folder)
+    rows = open_rows(source, split, folder, which)
     labels, names = read_labels(rows, source.label, class_names) if source.label else (None, None)
     decoded = {}
     for name, columns in source.columns.items():
@@ -87,17 +90,18 @@ def read_table(
         most = _SHOWN if bad_values == "fail" else None
         decoded[name] = decode(rows, columns_of(columns), modalities[name], own, most)
         judge(rows, name, columns, decoded[name], bad_values)
-    filled = np.any([column.present for column in decoded.values()], axis=0)
-    kept = None
+    present = np.array([column.present for column in decoded.values()])
+    filled = present.any(axis=0)
     if not filled.all():
         empty = rows.numbers[~filled]
         told = f"{rows.file}: {empty.size} rows hold no modality at all, the first are {empty[:5].tolist()}"
         if bad_values == "fail":
             raise DataError(f'{told}. Remove them, or say bad_values = "absent" under [data]')
         _log.warning("%s: they are left out", told)
-        kept = np.flatnonzero(filled)
+    wanted = present.all(axis=0) if which == "complete" and split == "train" else filled
+    kept = None if wanted.all() else np.flatnonzero(wanted)
     digest = _sha256(source, split, folder, [part for c in decoded.values() for part in (c.values, c.present)])
-    facts = DataSource(file=rows.file, sha256=digest, rows=int(filled.sum()), licence=source.licence)
+    facts = DataSource(file=rows.file, sha256=digest, rows=int(wanted.sum()), licence=source.licence)
     return Table(
         decoded if kept is None else {name: column.take(kept) for name, column in decoded.items()},
         labels if labels is None or kept is None else labels[kept],
@@ -107,8 +111,8 @@ def read_table(
     )
 
 
-def open_rows(source: Source, split: Split, folder: Path) -> Rows:
-    """The rows of one split, with the columns that the source names.
+def open_rows(source: Source, split: Split, folder: Path, which: Which = "all") -> Rows:
+    """The rows of one split, with the columns that the source names; ``complete``: of the training rows those without a null.
 
     Raises:
         DataError: see ``read_table``.
@@ -135,6 +139,13 @@ def open_rows(source: Source, split: Split, folder: Path) -> Rows:
         numbers = np.sort(order[:tested] if split == "test" else order[tested:])
         if not len(numbers):
             raise DataError(f"{file}: has {len(table)} rows, too few to hold some out. Name a file under test instead")
+    if which == "complete" and split == "train":
+        arrow = table.select_columns(columns).with_format("arrow")[:]
+        complete = np.all([arrow.column(column).is_valid().to_numpy() for column in columns], axis=0)
+        before, numbers = len(numbers), numbers[complete[numbers]]
+        _log.info("%s: %d of %d training rows lack nothing, and are trained on", file, len(numbers), before)
+        if not len(numbers):
+            raise DataError(f'{file}: every training row lacks something: say rows = "all" under [data]')
     return Rows(file, table if len(numbers) == len(table) else table.select(numbers), numbers)
 
 

@@ -267,6 +267,8 @@ def _share_weights(graph: onnx.ModelProto, file: Path, weights: Mapping[str, Ten
         if array.nbytes <= INLINE_BYTES or array.dtype.kind == "i":  # integers count characters; they are no weights
             continue
         found = places.get((array.shape, array.tobytes()))
+        if found is None and np.isin(array, (0, 1)).all():
+            continue  # a table of what meets what
         if found is None:
             raise ExportError(f"a tensor of the graph, {initializer.name} {array.shape}, is none of the model's weights")
         name, transposed = found

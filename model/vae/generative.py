@@ -1,6 +1,7 @@
 """The generative half that every model here shares: p(z) prod_m p(x_m | z), and the ELBO of any Gaussian posterior under it."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -10,6 +11,7 @@ from model.modality import Modality, resolve_weights
 from model.vae.gaussian import Gaussian, kl, sample
 from model.vae.likelihood import expectation, log_likelihood
 from model.vae.networks import decoder, initialise
+from model.vae.presence import of_present
 
 Arrays = Mapping[str, Shaped[Tensor, "batch ..."]]
 
@@ -46,25 +48,24 @@ class Generative(nn.Module):
         self, arrays: Arrays, z: Float[Tensor, "batch sample latent"]
     ) -> Float[Tensor, "batch sample modality"]:
         """log p(x_m | z) in nats, unweighted, of every modality, absent ones included."""
-        batch, samples = z.shape[:2]
-        flat = z.flatten(0, 1)
-        terms = []
-        for modality in self.modalities:
-            raw = self.decoders[modality.name](flat).float()
-            repeated = arrays[modality.name].repeat_interleave(samples, dim=0)
-            terms.append(log_likelihood(modality, raw, repeated).view(batch, samples))
-        return torch.stack(terms, dim=-1)
+        return torch.stack([self._log_likelihood(m, arrays[m.name], z) for m in self.modalities], dim=-1)
 
     def evidences(
         self, arrays: Arrays, present: Bool[Tensor, "batch modality"], z: Float[Tensor, "batch sample latent"]
     ) -> Float[Tensor, "batch sample"]:
         """Sum over present m of w_m log p(x_m | z) of each sample, in weighted nats."""
-        weights = torch.tensor([self.weights[m.name] for m in self.modalities], device=z.device)
-        # Fillers are replaced before the likelihood too: zero times the slope at a NaN is NaN in the gradient.
-        slots = {m.name: present[:, i].view(-1, *[1] * len(m.shape)) for i, m in enumerate(self.modalities)}
-        observed = {name: torch.where(slot, arrays[name], torch.zeros_like(arrays[name])) for name, slot in slots.items()}
-        weighted = self.log_likelihoods(observed, z) * weights
-        return torch.where(present.unsqueeze(1), weighted, torch.zeros_like(weighted)).sum(-1)
+        terms = [
+            self.weights[m.name] * of_present(partial(self._log_likelihood, m), present[:, i], arrays[m.name], z)
+            for i, m in enumerate(self.modalities)
+        ]
+        return torch.stack(terms, dim=-1).sum(-1)
+
+    def _log_likelihood(
+        self, modality: Modality, x: Shaped[Tensor, "batch ..."], z: Float[Tensor, "batch sample latent"]
+    ) -> Float[Tensor, "batch sample"]:
+        batch, samples = z.shape[:2]
+        raw = self.decoders[modality.name](z.flatten(0, 1)).float()
+        return log_likelihood(modality, raw, x.repeat_interleave(samples, dim=0)).view(batch, samples)
 
     def objective(
         self,

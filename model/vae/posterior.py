@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.modality import Modality
 from model.vae.gaussian import Gaussian, bounded
 from model.vae.networks import encoder, initialise
+from model.vae.presence import of_present, recording
 
 POSTERIOR_SCALE = 0.3  # begin near the prior, and not on it
 
@@ -42,9 +43,15 @@ class SetEncoder(nn.Module):
             initialise(trunk)
         initialise(self.fusion, last=POSTERIOR_SCALE)
 
-    def features(self, arrays: Mapping[str, Shaped[Tensor, "batch ..."]]) -> Float[Tensor, "batch modality feature"]:
-        """Trunk features of every modality; those of absent ones mean nothing yet."""
-        return torch.stack([self.trunks[name](arrays[name]) for name in self.names], dim=1)
+    def features(
+        self, arrays: Mapping[str, Shaped[Tensor, "batch ..."]], present: Bool[Tensor, "batch modality"] | None = None
+    ) -> Float[Tensor, "batch modality feature"]:
+        """Trunk features of every modality; those of absent ones mean nothing yet, and are not computed where ``present``
+        says so."""
+        if present is None:
+            return torch.stack([self.trunks[name](arrays[name]) for name in self.names], dim=1)
+        slots = zip(self.names, present.T, strict=True)
+        return torch.stack([of_present(self.trunks[name], seen, arrays[name]) for name, seen in slots], dim=1)
 
     def fuse(self, features: Float[Tensor, "batch modality feature"], present: Bool[Tensor, "batch modality"]) -> Gaussian:
         """Posterior from the features that ``present`` marks."""
@@ -57,4 +64,4 @@ class SetEncoder(nn.Module):
 
     def forward(self, arrays: Mapping[str, Shaped[Tensor, "batch ..."]], present: Bool[Tensor, "batch modality"]) -> Gaussian:
         """q(z | x_S), S being what ``present`` marks in each row."""
-        return self.fuse(self.features(arrays), present)
+        return self.fuse(self.features(arrays, None if recording(present) else present), present)

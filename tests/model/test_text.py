@@ -54,3 +54,17 @@ def test_the_unknown_is_never_generated() -> None:
     assert encode(TITLE, likeliest) == {"text": "blue cup"}
     likeliest = np.array([[0, 1, 0, 2], [0, 0, 1, 2], [1, 0, 0, 2], [1, 0, 0, 0]], dtype=np.float32)
     assert encode(CODE, likeliest) == {"text": "ab"}
+
+
+@pytest.mark.parametrize("text", ["seven", "s", "to be", "a  b", "eighteen"])
+def test_a_text_whose_place_says_nothing_begins_at_its_beginning(text: str) -> None:
+    modality = TextModality(name="word", length=8, alphabet=" abeghinostv", likelihood="shifted")
+    tokens = decode(modality, text)
+    for shift in range(8 if 0 in tokens else 1):  # a ring without padding has no beginning
+        likeliest = np.eye(modality.categories, dtype=np.float32)[np.roll(tokens, shift)]
+        assert encode(modality, likeliest) == {"text": text}
+
+
+def test_a_text_of_padding_alone_is_empty() -> None:
+    modality = TextModality(name="word", length=3, alphabet=" ab", likelihood="shifted")
+    assert encode(modality, np.eye(3, dtype=np.float32)[[0, 0, 0]]) == {"text": ""}

@@ -3,9 +3,11 @@
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import Request, Response
 
+from service import app, door
 from service.direct import Direct
 from service.errors import Problem
 
@@ -48,8 +50,21 @@ def test_who_answers(method: str, path: str, body: bytes, status: int, answer: b
 def test_what_is_no_request_is_handed_on() -> None:
     seen: list[str] = []
 
-    async def app(scope: Any, *_: Any) -> None:
+    async def inner(scope: Any, *_: Any) -> None:
         seen.append(scope["type"])
 
-    asyncio.run(Direct(app, {})({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
+    asyncio.run(Direct(inner, {})({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen == ["lifespan"]
+
+
+def test_every_call_has_its_short_way_and_its_door(client: httpx.Client) -> None:
+    """A call that is added to the router alone would be answered, and cost more than the others."""
+    document = client.get("/openapi.json").json()
+    posted = {path for path, operations in document["paths"].items() if "post" in operations}
+    assert posted == {*app.CALLS} == set(door.CALLS.values())
+
+
+def test_a_slash_more_or_another_method_is_the_routers(client: httpx.Client) -> None:
+    assert client.post("/embed/").status_code == 404
+    assert client.put("/embed").status_code == 405
+    assert client.get("/embed").headers["allow"] == "POST"

@@ -93,6 +93,8 @@ def test_a_source_may_stand_on_the_hub() -> None:
         ('word = "label"', 'words = "label"', r"columns name \['words'\], the modalities are \['digit', 'word'\]"),
         (', word = "label"', "", r"each modality needs exactly one column among \[\[data\.sources\]\]: word has 0"),
         ('pairing = "row"', 'pairing = "row"\nrandom_offset = ["digit"]', r"random_offset names \['digit'\].*\['word'\]"),
+        ('pairing = "row"', 'pairing = "row"\nrandom_flip = ["word"]', r"random_flip names \['word'\].*\['digit'\]"),
+        ('pairing = "row"', 'pairing = "row"\nrandom_shift = { word = 2 }', r"random_shift names \['word'\].*\['digit'\]"),
         ('"row"', '"class"', r'data\.pairing = "class" needs a label column in every'),
         ('name = "small"', "name = small", r"run\.toml: not TOML \(Invalid value.*line 2"),
     ],
@@ -129,6 +131,30 @@ def test_a_missing_or_garbled_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
     with pytest.raises(config.ConfigError, match=r"latin\.toml: not TOML .*utf-8"):
         config.load(tmp_path / "latin.toml")
+
+
+def test_a_configuration_says_how_it_differs_from_another(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(SMALL + "[joint]\nepochs = 3\nbatch_size = 7\n")
+    small = load(tmp_path, 'extends = "base.toml"\nname = "other"\n[joint]\nepochs = 5\n[data]\nrows = "complete"\n')
+    assert small.name == "other"
+    assert small.modalities == load(tmp_path, SMALL).modalities
+    assert (small.joint.epochs, small.joint.batch_size) == (5, 7)
+    assert (small.data.rows, small.data.pairing) == ("complete", "row")
+    whole = SMALL.replace('"small"', '"other"').replace("[data]", '[data]\nrows = "complete"')
+    assert small.sha256 == load(tmp_path, whole + "[joint]\nepochs = 5\nbatch_size = 7\n").sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "run.toml"', r"run\.toml: extends itself, by way of run\.toml"),
+        ('extends = "nowhere.toml"', r"nowhere\.toml: cannot be read"),
+        ("extends = 3", r"run\.toml: extends: the name of another configuration is expected, received 3"),
+    ],
+)
+def test_what_cannot_be_extended_is_told(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(config.ConfigError, match=message):
+        load(tmp_path, text)
 
 
 def test_the_hash_is_of_the_meaning(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -212,6 +213,76 @@ def test_rows_stay_together_and_nulls_are_absent(tmp_path: Path) -> None:
     for shuffled in rows.batches(5, 2, 0):
         for first, second, present in zip(shuffled.arrays["first"], shuffled.arrays["second"], shuffled.present, strict=True):
             assert not (present[0] and present[1]) or first[0] == second[0]
+
+
+def lacking(folder: Path, rows: Literal["all", "complete"], *, two: list[Any] | None = None) -> Config:
+    """Eight rows that say their number. Some lack the second vector, and these alone have the word b."""
+    second = two or [[0.0, 9.0], None, [2.0, 9.0], None, [4.0, 9.0], None, [6.0, 9.0], None]
+    columns = {
+        "one": [[float(row), 0.0] for row in range(8)],
+        "two": second,
+        "text": ["a", "b"] * 4,
+        "split": ["train"] * 6 + ["test"] * 2,
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(folder / "lacking.parquet")
+    names = {"first": "one", "second": "two", "word": "text"}
+    source = Source(train="lacking.parquet", split="split", columns=names, licence="CC0")
+    word = TextModality(name="word", length=8, unit="word")
+    return Config(name="rows", modalities=(FIRST, SECOND, word), data=Data(pairing="row", sources=(source,), rows=rows))
+
+
+def test_training_may_keep_to_complete_rows(tmp_path: Path) -> None:
+    """What they alone tell is learned from them alone; the test rows stay the same."""
+    for which, trained, words in (("all", [0, 1, 2, 3, 4, 5], {"a", "b"}), ("complete", [0, 2, 4], {"a"})):
+        run = lacking(tmp_path, which)
+        train, test = data.load(run, "train", tmp_path), data.load(run, "test", tmp_path)
+        assert sorted(column(train.batches(0, 1, 0), "first", 0)) == trained
+        assert column(test.batches(0, 2, 0, shuffle=False), "first", 0) == [6, 7]
+        assert isinstance(train.modalities[2], TextModality)
+        assert set(train.modalities[2].vocabulary) == words
+
+
+def test_rows_that_turn_out_incomplete_are_left_out_too(tmp_path: Path) -> None:
+    run = lacking(tmp_path, "complete", two=[[0.0, 1.0], [math.nan, 1.0], [2.0, 1.0], [], None, None, [6.0, 1.0], None])
+    run = run.model_copy(update={"data": run.data.model_copy(update={"bad_values": "absent"})})
+    rows = data.load(run, "train", tmp_path)
+    assert sorted(column(rows.batches(0, 1, 0), "first", 0)) == [0, 2]
+
+
+def test_no_complete_row_is_told(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=r'lacking\.parquet: every training row lacks something: say rows = "all"'):
+        data.load(lacking(tmp_path, "complete", two=[None] * 6 + [[0.0, 0.0]] * 2), "train", tmp_path)
+
+
+def test_pictures_are_mirrored_in_training(digits_folder: Path, make_config: Any) -> None:
+    """Each in about half of the epochs, and never while testing."""
+    plain, flipped = (
+        data.load(make_config(data={"random_flip": names, "random_offset": []}), "train", digits_folder)
+        for names in ((), ("digit",))
+    )
+    mirrored = 0
+    for epoch in range(20):
+        for one, other in zip(plain.batches(epoch, 20, 3), flipped.batches(epoch, 20, 3), strict=True):
+            assert torch.equal(one.arrays["word"], other.arrays["word"])
+            for before, after in zip(one.arrays["digit"], other.arrays["digit"], strict=True):
+                assert torch.equal(after, before) or torch.equal(after, before.flip(-1))
+                mirrored += not torch.equal(after, before)
+    assert abs(mirrored - 600) < 5 * math.sqrt(1200 / 4)
+    pairs = zip(plain.batches(0, 20, 0, shuffle=False), flipped.batches(0, 20, 0, shuffle=False), strict=True)
+    assert all(same(*pair) for pair in pairs)
+
+
+def test_pictures_move_within_their_range(digits_folder: Path, make_config: Any) -> None:
+    """Drawn digits lie within their frame: what is moved has the same ink, elsewhere."""
+    changes = {"random_shift": {"digit": 2}, "random_offset": []}
+    plain, moved = (data.load(make_config(data=d), "train", digits_folder) for d in ({"random_offset": []}, changes))
+    found = set()
+    for one, other in zip(plain.batches(0, 20, 3), moved.batches(0, 20, 3), strict=True):
+        for before, after in zip(one.arrays["digit"], other.arrays["digit"], strict=True):
+            moves = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if torch.equal(before.roll((y, x), (1, 2)), after)]
+            assert len(moves) == 1
+            found |= set(moves)
+    assert len(found) > 15
 
 
 def test_rows_need_no_labels(tmp_path: Path) -> None:

@@ -137,6 +137,18 @@ def test_training_helps(straight: Run) -> None:
     assert elbos[-1] > elbos[0] + 10
 
 
+def test_weight_decay_keeps_weights_small(straight: Run, settings: Config, tmp_path: Path) -> None:
+    stages = {name: getattr(settings, name).model_copy(update={"weight_decay": 5.0}) for name in ("joint", "refiner", "align")}
+    other = settings.model_copy(update=stages)
+    run = Run(tmp_path, other)
+    train(other, run)
+
+    def size(of: Run) -> float:
+        return sum(float(weight.square().sum()) for weight in numbers(of)[0].values())
+
+    assert size(run) < 0.7 * size(straight)
+
+
 def test_another_seed_gives_other_numbers(straight: Run, settings: Config, tmp_path: Path) -> None:
     other = settings.model_copy(update={"seed": 1})
     run = Run(tmp_path, other)

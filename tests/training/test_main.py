@@ -53,8 +53,12 @@ def test_a_run_keeps_what_it_measured(finished: Any) -> None:
         "checkpoint.pt",
         "config.json",
         "evaluation.json",
+        "judge-digit.pt",
+        "judge-photo.pt",
         "metrics.jsonl",
     ]
+    assert figures["coherence"]["cross"]["digit"].keys() == {"photo", "word"}
+    assert len(figures["refined"]["coherence"]) == 1 + 2 * 2  # to twice the horizon
 
 
 def test_evaluate_repeats_the_figures(finished: Any, tmp_path: Path) -> None:

@@ -81,16 +81,12 @@ def test_refinement_walks_where_it_says(vae: MultimodalVAE, batch: Batch) -> Non
     _, seen = unrolled(vae, batch)
     torch.testing.assert_close(refined.posterior.mean, seen[-1].mean)
     torch.testing.assert_close(refined.posterior.log_var, seen[-1].log_var)
-    prior = standard_like(start())
-    expected = [vae.objective(batch.arrays, batch.present, q, prior, NOISE) for q in seen]
-    torch.testing.assert_close(refined.objectives, torch.stack(expected).detach())
     assert not refined.posterior.mean.requires_grad
 
 
 def test_without_judges_nothing_is_learned(vae: MultimodalVAE, batch: Batch) -> None:
     taught, plain = (refine(vae, batch, start(), NOISE, STEPS, judges) for judges in (JUDGES, None))
     assert torch.equal(plain.posterior.mean, taught.posterior.mean)
-    assert torch.equal(plain.objectives, taught.objectives)
     assert torch.equal(plain.loss, torch.zeros(ROWS))
     assert not plain.loss.requires_grad
 

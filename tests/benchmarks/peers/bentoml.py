@@ -3,7 +3,6 @@
 import os
 
 import bentoml
-from numpy.typing import NDArray
 
 from tests.benchmarks.peers.digits import Digits
 

@@ -40,7 +40,7 @@ else:
     else:
         from typing import Annotated
 
-        from fastapi import Body, Depends
+        from fastapi import Depends
 
         async def content(request: Request) -> bytes:
             return await request.body()

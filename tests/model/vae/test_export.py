@@ -129,7 +129,7 @@ def test_awkward_sizes_export(tmp_path: Path, tiny_facts: dict[str, Any], make_v
     modalities = (
         ImageModality(name="square", channels=1, height=24, width=24, likelihood="bernoulli"),
         ImageModality(name="oblong", channels=3, height=13, width=7, likelihood="gaussian"),
-        TextModality(name="sign", length=2, alphabet=letters, likelihood="shifted"),
+        TextModality(name="sign", length=9, alphabet=letters, likelihood="shifted"),
     )
     vae = make_vae(modalities, width=2)
     examples = make_rows(modalities, 7)

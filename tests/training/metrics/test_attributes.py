@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.metrics.attributes import mean_average_precision
+from training.metrics.attributes import f1, mean_average_precision
 
 TRUTH = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]], dtype=np.float32)
 
@@ -26,3 +26,22 @@ def test_equal_probabilities_are_chance() -> None:
 def test_attributes_that_tell_no_rows_apart_have_none() -> None:
     assert mean_average_precision(TRUTH[:, 2:], TRUTH[:, 2:]) is None
     assert mean_average_precision(TRUTH[:0], TRUTH[:0]) is None
+
+
+def test_f1_counts_all_answers_together() -> None:
+    """Yes from 0.6 up is best for these probabilities: five yeses, four of them right, of eight attributes that are there."""
+    probabilities = np.array([[0.9, 0.1, 0.9], [0.6, 0.1, 0.9], [0.1, 0.1, 0.9], [0.1, 0.0, 0.1]], dtype=np.float32)
+    assert f1(TRUTH, probabilities) == pytest.approx(2 * 4 / (5 + 8))
+
+
+def test_f1_answers_below_one_half_where_attributes_are_rare() -> None:
+    truth = np.zeros((100, 2), dtype=np.float32)
+    truth[:30, 0] = 1
+    same = np.broadcast_to(truth.mean(axis=0), truth.shape)  # 0.3 and 0
+    assert f1(truth, same) == pytest.approx(2 * 30 / (100 + 30))
+
+
+def test_f1_of_nothing_is_nothing() -> None:
+    assert f1(TRUTH, TRUTH) == 1.0
+    assert f1(TRUTH[:0], TRUTH[:0]) == 0.0
+    assert f1(np.zeros_like(TRUTH), TRUTH) == 0.0
