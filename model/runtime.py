@@ -160,9 +160,7 @@ class Runtime:
         self._refine = self._open(graphs.refine, options)
         self._decode = {name: self._open(file, options) for name, file in graphs.decode.items()}
 
-    def _open(
-        self, name: str, options: onnxruntime.SessionOptions, *, skipping: bool = False
-    ) -> onnxruntime.InferenceSession:
+    def _open(self, name: str, options: onnxruntime.SessionOptions, *, skipping: bool = False) -> onnxruntime.InferenceSession:
         providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
         try:
             content = self.bundle.content(name)

@@ -21,7 +21,7 @@ __all__ = ["Engine", "EngineFailed", "Observer", "Outcome", "QueueFull", "Refine
 BEAT_SECONDS = 0.5
 """The idle thread beats this often."""
 AT_ONCE_SECONDS = 0.001
-"""What is foreseen to take no longer runs on the event loop where it is alone: the way to the thread and back would cost as much."""
+"""What is foreseen to take no longer may run on the event loop: the way to the thread and back would cost as much."""
 MIN_RETRY_MS = 50
 LENIENCE = 1.25
 """Of the longest wait, for what is decoded already: several are let in while the first of them is."""
@@ -184,8 +184,8 @@ class Engine:
             raise
 
     def _wake_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Once what is ready in this turn of the event loop has been submitted too: it runs together, and the two threads do not
-        take the interpreter from each other for every request."""
+        """Once what is ready in this turn of the event loop has been submitted too: it runs together, and the two threads do
+        not take the interpreter from each other for every request."""
         if self._waker is not loop:
             self._waker = loop
             loop.call_soon(self._wake, loop)
@@ -202,8 +202,8 @@ class Engine:
         _resolve(self._settle(self._admit(rows)))
 
     def _at_once(self, loop: asyncio.AbstractEventLoop) -> list[Row]:
-        """Rows to run on the event loop: what one quick run answers, where a single request waits and the thread is idle, or where
-        it refines, for a step of that would hold them up."""
+        """Rows to run on the event loop: what one quick run answers, where a single request waits and the thread is idle, or
+        where the thread refines, for a step of that would hold them up."""
         if self._failures or self._runtime.device != "cpu":
             return []
         rows = [row for row in self._waiting if row.work.runs == 1 and self._owners[row].loop is loop]

@@ -31,7 +31,9 @@ RESULTS = Path(__file__).parent / "results"
 Variants = dict[str, dict[str, str]]
 
 
-def main(quick: Annotated[bool, typer.Option(help="Minutes instead of half an hour; the README stays as it is.")] = False) -> None:
+def main(
+    quick: Annotated[bool, typer.Option(help="Minutes instead of half an hour; the README stays as it is.")] = False,
+) -> None:
     """Compare, print the table and write it down."""
     if not {SERVER_CORE, GENERATOR_CORE} <= os.sched_getaffinity(0):
         raise SystemExit(f"cores {SERVER_CORE} and {GENERATOR_CORE} are needed, one for the server and one for the generator")

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def raw(seconds: float) -> dict[str, float]:
 def steps(seconds: float) -> dict[str, float]:
     """Seconds of one bare call of the refine graph with these rows."""
     runtime = Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
-    return {str(rows): timed(lambda: runtime.refine(*arguments), seconds) for rows in (1, 32) for arguments in [_start(runtime, rows)]}
+    return {str(rows): timed(partial(runtime.refine, *_start(runtime, rows)), seconds) for rows in (1, 32)}
 
 
 def torch(seconds: float) -> dict[str, float]:
@@ -69,7 +70,7 @@ def torch(seconds: float) -> dict[str, float]:
     vae = MultimodalVAE(manifest.modalities, **network.model_dump(), beta=manifest.beta)
     vae.load_state_dict(load_file(runtime.bundle.path / bundle.WEIGHTS))
     vae.eval().requires_grad_(False)
-    inputs, present, start, anchor, noise = _start(runtime, 1)
+    inputs, present, _, anchor, noise = _start(runtime, 1)
     arrays = {name: pytorch.from_numpy(array) for name, array in inputs.items()}
     there, drawn = pytorch.from_numpy(present), pytorch.from_numpy(noise)
 

@@ -45,7 +45,8 @@ def section(content: Content) -> str:
         f"{machine['processor']}, server on one core and generator on another, {machine['threads']} thread; ONNX Runtime "
         f"{machine['libraries']['onnxruntime']}, {', '.join(machine['peers'])}. Medians of {rounds} interleaved round"
         f"{'s' if rounds > 1 else ''} (half the interquartile range), and ratios to the first column. One item a request: a "
-        f"photograph (PNG, base64), or a word where it says so. `{content['command']}` wrote this in {content['minutes']} minutes.",
+        "photograph (PNG, base64), or a word where it says so. "
+        f"`{content['command']}` wrote this in {content['minutes']} minutes.",
         "",
         *table(content),
         "",
@@ -89,11 +90,15 @@ def targets(content: Content) -> list[Target]:
     def best(name: str, choose: Any) -> float:
         return float(choose(of(peer.name, name) for peer in PEERS))
 
-    batching = [peer.name for peer in PEERS if int(content["chosen"][peer.name].get("BATCH", "2")) > 1] or [p.name for p in PEERS]
+    batching = [peer.name for peer in PEERS if int(content["chosen"][peer.name].get("BATCH", "2")) > 1] or [
+        p.name for p in PEERS
+    ]
     ours = OURS.name
     return [
         *(
-            Target(f"throughput at {n} connections, of the best peer's", of(ours, f"rps_{n}") / best(f"rps_{n}", max), 2.0, True)
+            Target(
+                f"throughput at {n} connections, of the best peer's", of(ours, f"rps_{n}") / best(f"rps_{n}", max), 2.0, True
+            )
             for n in CONNECTIONS[1:]
         ),
         Target(
@@ -104,7 +109,9 @@ def targets(content: Content) -> list[Target]:
         ),
         Target("p50 at 1 connection, of plain FastAPI's", of(ours, "p50_1_ms") / of(PLAIN.name, "p50_1_ms"), 1.15, False),
         *(
-            Target(f"throughput at 64 connections, of a no-op route's ({kind})", of(ours, name) / of(NOOP.name, name), 0.6, True)
+            Target(
+                f"throughput at 64 connections, of a no-op route's ({kind})", of(ours, name) / of(NOOP.name, name), 0.6, True
+            )
             for kind, name in (("photograph", "rps_64"), ("word", "word_rps_64"))
         ),
         Target("32 items, base64: of ONNX Runtime and decoding alone", inside["bulk_rps"] / inside["raw_bulk_rps"], 0.8, True),
@@ -124,7 +131,12 @@ def targets(content: Content) -> list[Target]:
             2.0,
             False,
         ),
-        Target("4 refinement steps over HTTP, of PyTorch's eager autograd", inside["four_steps_ms"] / inside["torch_eager_ms"], 0.35, False),
+        Target(
+            "4 refinement steps over HTTP, of PyTorch's eager autograd",
+            inside["four_steps_ms"] / inside["torch_eager_ms"],
+            0.35,
+            False,
+        ),
         Target("the same by the graphs alone", inside["torch_graphs_ms"] / inside["torch_eager_ms"], 0.35, False),
         Target("cold start, seconds", of(ours, "cold_start_s"), 2.0, False),
         Target("resident memory, MB", of(ours, "resident_mb"), 300.0, False, "{:.0f}"),

@@ -1,4 +1,4 @@
-"""One contestant in one round: closed loops, open loops, and what it took from the machine. Run by a generator on its own core."""
+"""One contestant in one round: closed loops, open loops, and what it took from the machine."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -95,4 +95,8 @@ def _paced(answers: Sequence[Answer], rate: int) -> Figures:
     good = [answer for answer in answers if answer.status == 200]
     told = quantiles(good)
     failed = 1 - len(good) / max(1, len(answers))
-    return {f"p50_at_{rate}_ms": told.get("p50", np.nan), f"p99_at_{rate}_ms": told.get("p99", np.nan), f"failed_at_{rate}": failed}
+    return {
+        f"p50_at_{rate}_ms": told.get("p50", np.nan),
+        f"p99_at_{rate}_ms": told.get("p99", np.nan),
+        f"failed_at_{rate}": failed,
+    }

@@ -45,9 +45,7 @@ def main() -> None:
         fast_queue=bool(int(os.environ["FAST_QUEUE"])),
         timeout=60,
     )
-    server.run(
-        host="127.0.0.1", port=int(os.environ["PORT"]), num_api_servers=1, log_level="error", generate_client_file=False
-    )
+    server.run(host="127.0.0.1", port=int(os.environ["PORT"]), num_api_servers=1, log_level="error", generate_client_file=False)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,7 @@ class Embed(MLModel):
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
         columns = {given.name: StringCodec.decode_input(given) for given in payload.inputs}
-        rows = [
-            self.digits.decode(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
-        ]
+        rows = [self.digits.decode(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
         return InferenceResponse(
             model_name=self.name, outputs=[NumpyCodec.encode_output("embedding", self.digits.encode(rows))]
         )
