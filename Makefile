@@ -7,7 +7,7 @@ CONFIG ?= training/configs/digits.toml
 # Where an NVIDIA driver is, ONNX Runtime's CUDA build; elsewhere its CPU build. They exclude each other.
 ORT ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: serve test lint train report openapi fuzz deploy-check lock sbom audit clean
+.PHONY: serve test lint train report bench openapi fuzz deploy-check lock sbom audit clean
 IMAGES := cpu gpu training
 
 serve: $(VENV)/.serve-$(ORT)
@@ -28,6 +28,12 @@ train: $(VENV)/.dev-$(ORT)
 report: $(VENV)/.dev-$(ORT) openapi
 	$(BIN)/python -m training report
 	$(BIN)/python -m tests.readme
+
+# The service beside LitServe, BentoML and MLServer, plain FastAPI and its own graphs: half an hour on an idle machine with two
+# cores, then the README's table. make bench QUICK=1 takes minutes and only prints it.
+QUICK ?=
+bench: $(VENV)/.dev-$(ORT)
+	$(BIN)/python -m tests.benchmarks $(if $(QUICK),--quick)
 
 openapi: $(VENV)/.dev-$(ORT)
 	$(BIN)/python -m service openapi > openapi/openapi.json
@@ -67,7 +73,7 @@ audit: $(VENV)/.release
 		--requirement docker/requirements-$$image.txt || exit 1; done
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-bench
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

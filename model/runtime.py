@@ -156,19 +156,17 @@ class Runtime:
         # Left to find the weights itself, it maps the file, and dies when somebody cuts that short.
         weights = self.bundle.content(bundle.WEIGHTS)
         options.add_external_initializers_from_files_in_memory([bundle.WEIGHTS], [weights], [len(weights)])
-        encode = self.bundle.content(graphs.encode)
-        if self.device == "cpu":  # on a GPU shapes that depend on the data would stop it
-            encode = skip_absent(encode, [m.name for m in self.modalities])
-        self._encode = self._open(graphs.encode, options, encode)
+        self._encode = self._open(graphs.encode, options, skipping=self.device == "cpu")
         self._refine = self._open(graphs.refine, options)
         self._decode = {name: self._open(file, options) for name, file in graphs.decode.items()}
 
-    def _open(
-        self, name: str, options: onnxruntime.SessionOptions, content: bytes | None = None
-    ) -> onnxruntime.InferenceSession:
+    def _open(self, name: str, options: onnxruntime.SessionOptions, *, skipping: bool = False) -> onnxruntime.InferenceSession:
         providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
         try:
-            session = onnxruntime.InferenceSession(content or self.bundle.content(name), options, providers=providers)
+            content = self.bundle.content(name)
+            if skipping:  # not on a GPU, which shapes that depend on the data would hold up
+                content = skip_absent(content, [m.name for m in self.modalities])
+            session = onnxruntime.InferenceSession(content, options, providers=providers)
         except bundle.BundleError:
             raise
         except Exception as error:  # ONNX Runtime's own exception classes are private

@@ -1,8 +1,8 @@
 """The encode graph made to compute nothing for rows that lack a modality.
 
-A bundle's graph runs every modality's trunk over every row and then selects. Here the rows that have the modality are picked out
-before its trunk and put back behind it, with zeros between, which the selection never reads. Everything stays one graph: parts
-of their own would cost more in calls than they save.
+A bundle's graph runs every modality's trunk over every row and then selects. Here the rows that have the modality are picked
+out before its trunk and put back behind it, with zeros between, which the selection never reads. Everything stays one graph:
+parts of their own would cost more in calls than they save.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,14 @@ def skip_absent(content: bytes, modalities: Sequence[str]) -> bytes:
     inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
     shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim][1:] for value in inferred}
     types = {value.name: value.type.tensor_type.elem_type for value in inferred}
-    if not all(
-        end in shapes and all(shapes[end]) and types[end] == onnx.TensorProto.FLOAT for end in ends.values() if end is not None
-    ) or None in ends.values():
+    if (
+        not all(
+            end in shapes and all(shapes[end]) and types[end] == onnx.TensorProto.FLOAT
+            for end in ends.values()
+            if end is not None
+        )
+        or None in ends.values()
+    ):
         return content
     nodes = []
     for column, name in enumerate(modalities):
@@ -54,7 +59,8 @@ def skip_absent(content: bytes, modalities: Sequence[str]) -> bytes:
             nodes += _put_back(origin, end)
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
-    return model.SerializeToString()
+    changed: bytes = model.SerializeToString()
+    return changed
 
 
 def _put_back(name: str, end: str) -> list[onnx.NodeProto]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 import uvloop
 
-from tests.benchmarks import inside, report
+from tests.benchmarks import inside, report, scaling
 from tests.benchmarks.contestants import ALL, OURS, PEERS, PLAIN, Contestant
 from tests.benchmarks.plan import CONNECTIONS, FULL, QUICK, Plan
 from tests.benchmarks.process import GENERATOR_CORE, SERVER_CORE
@@ -54,11 +54,14 @@ def main(
         content["inside"] = inside.measure(plan)
     if plan.scaling:
         with _step("scaling"):
-            pass
+            content["scaling"] = scaling.measure(plan)
     content["minutes"] = round((time.monotonic() - began) / 60, 1)
+    RESULTS.mkdir(exist_ok=True)
     file = RESULTS / ("quick.json" if quick else "latest.json")
     file.write_text(json.dumps(content, indent=1) + "\n")
     if not quick:
+        picture = scaling.draw(content["scaling"], RESULTS)
+        content["figures"] = {"throughput and memory": picture.relative_to(ROOT).as_posix()}
         report.write(ROOT / "README.md", content)
     print(report.section(content))
 

@@ -1,4 +1,4 @@
-"""The service with batches that run to completion, to be compared: what came together is refined to its end before more is let in."""
+"""The service with batches that run to completion, for comparison: what is refined together ends before more is let in."""
 
 from service import engine
 from service.__main__ import cli

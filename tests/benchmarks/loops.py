@@ -1,11 +1,16 @@
-"""The model without a server, on the server's core and one thread: ``python -m tests.benchmarks.loops raw``, steps, torch. JSON."""
+"""The model without a server, on the server's core and one thread: ``python -m tests.benchmarks.loops raw SECONDS``, steps,
+torch, scale. JSON."""
 
 import base64
+import io
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +25,8 @@ from tests.benchmarks.samples import pictures, words
 from tests.server import ROOT
 
 WARM_SECONDS = 0.3
+FEWEST = 3
+"""Runs, however long each takes."""
 
 
 def raw(seconds: float) -> dict[str, float]:
@@ -41,11 +48,7 @@ def raw(seconds: float) -> dict[str, float]:
 def steps(seconds: float) -> dict[str, float]:
     """Seconds of one bare call of the refine graph with these rows."""
     runtime = Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
-    return {
-        str(rows): timed(lambda: runtime.refine(*arguments), seconds)
-        for rows in (1, 32)
-        for arguments in [_start(runtime, rows)]
-    }
+    return {str(rows): timed(partial(runtime.refine, *_start(runtime, rows)), seconds) for rows in (1, 32)}
 
 
 def torch(seconds: float) -> dict[str, float]:
@@ -67,7 +70,7 @@ def torch(seconds: float) -> dict[str, float]:
     vae = MultimodalVAE(manifest.modalities, **network.model_dump(), beta=manifest.beta)
     vae.load_state_dict(load_file(runtime.bundle.path / bundle.WEIGHTS))
     vae.eval().requires_grad_(False)
-    inputs, present, start, anchor, noise = _start(runtime, 1)
+    inputs, present, _, anchor, noise = _start(runtime, 1)
     arrays = {name: pytorch.from_numpy(array) for name, array in inputs.items()}
     there, drawn = pytorch.from_numpy(present), pytorch.from_numpy(noise)
 
@@ -95,6 +98,25 @@ def torch(seconds: float) -> dict[str, float]:
     return {"eager": timed(eager, seconds, np.mean), "graphs": timed(graphs, seconds, np.mean)}
 
 
+def scale(seconds: float, folder: str, rows: str, *steps: str) -> dict[str, Any]:
+    """Rows a second that are encoded and refined by each of these numbers of steps, and the largest resident memory."""
+    runtime = Runtime.load(Path(folder), threads=1)
+    with np.load(io.BytesIO(runtime.bundle.content(bundle.GOLDEN)), allow_pickle=False) as golden:
+        places = np.arange(int(rows)) % len(golden["present"])
+        inputs = {m.name: golden[f"input.{m.name}"][places] for m in runtime.modalities}
+    present = np.ones((int(rows), len(runtime.modalities)), dtype=bool)
+    noise = np.random.default_rng(0).standard_normal((int(rows), runtime.samples, runtime.latent), dtype=np.float32)
+    prior = np.zeros((int(rows), runtime.latent), np.float32)
+
+    def run(count: int) -> None:
+        posterior = runtime.encode(inputs, present)
+        for _ in range(count + 1 if count else 0):
+            posterior, _ = runtime.refine(inputs, present, posterior, Posterior(prior, prior), noise)
+
+    rates = [int(rows) / timed(lambda: run(int(count)), seconds) for count in steps]  # noqa: B023
+    return {"rows_per_s": rates, "resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
 def bulk_items() -> list[dict[str, str]]:
     """32 photographs."""
     return [dict(pictures()[number % len(pictures())]) for number in range(32)]
@@ -104,7 +126,7 @@ def timed(run: Callable[[], Any], seconds: float, average: Callable[[list[float]
     """Seconds of one run."""
     times: list[float] = []
     began = time.perf_counter()
-    while (now := time.perf_counter()) - began < WARM_SECONDS + seconds:
+    while (now := time.perf_counter()) - began < WARM_SECONDS + seconds or len(times) < FEWEST:
         run()
         if now - began > WARM_SECONDS:
             times.append(time.perf_counter() - now)
@@ -124,4 +146,5 @@ def _start(runtime: Runtime, rows: int) -> tuple[dict[str, Any], Any, Posterior,
 
 if __name__ == "__main__":
     os.sched_setaffinity(0, {SERVER_CORE})
-    print(json.dumps({"raw": raw, "steps": steps, "torch": torch}[sys.argv[1]](float(sys.argv[2]))))
+    told: Callable[..., Any] = {"raw": raw, "steps": steps, "torch": torch, "scale": scale}[sys.argv[1]]
+    print(json.dumps(told(float(sys.argv[2]), *sys.argv[3:])))

@@ -16,7 +16,7 @@ class Plan:
         rates: requests a second of the open loop.
         tune: of each number of connections for each variant; 0 takes the first variants.
         repeats: of what is measured inside one process.
-        scaling: batches a point of the scaling figures; 0 leaves them out.
+        scaling: of each point of the scaling figures; 0 leaves them out.
     """
 
     rounds: int
@@ -27,11 +27,11 @@ class Plan:
     rates: tuple[int, ...]
     tune: float
     repeats: int
-    scaling: int
+    scaling: float
 
 
 CONNECTIONS = (1, 16, 64)
 LIMIT_MS = 50
 """What goodput allows the 99th percentile."""
-FULL = Plan(rounds=5, warm=1.0, closed=2.0, paced=4.0, probe=2.0, rates=(100, 400, 1000), tune=1.5, repeats=5, scaling=60)
+FULL = Plan(rounds=5, warm=1.0, closed=2.0, paced=4.0, probe=2.0, rates=(100, 400, 1000), tune=1.5, repeats=5, scaling=0.7)
 QUICK = Plan(rounds=1, warm=0.5, closed=1.0, paced=1.5, probe=1.0, rates=(100, 400, 1000), tune=0, repeats=2, scaling=0)

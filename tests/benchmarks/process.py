@@ -86,6 +86,8 @@ class Process:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._first.wait()
+        while any(map(_lives, family)):
+            time.sleep(0.005)
 
 
 @contextlib.contextmanager

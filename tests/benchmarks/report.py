@@ -45,7 +45,8 @@ def section(content: Content) -> str:
         f"{machine['processor']}, server on one core and generator on another, {machine['threads']} thread; ONNX Runtime "
         f"{machine['libraries']['onnxruntime']}, {', '.join(machine['peers'])}. Medians of {rounds} interleaved round"
         f"{'s' if rounds > 1 else ''} (half the interquartile range), and ratios to the first column. One item a request: a "
-        f"photograph (PNG, base64), or a word where it says so. `{content['command']}` wrote this in {content['minutes']} minutes.",
+        "photograph (PNG, base64), or a word where it says so. "
+        f"`{content['command']}` wrote this in {content['minutes']} minutes.",
         "",
         *table(content),
         "",

@@ -1,4 +1,4 @@
-"""One contestant in one round: closed loops, open loops, and what it took from the machine. Run by a generator on its own core."""
+"""One contestant in one round: closed loops, open loops, and what it took from the machine."""
 
 import time
 from collections.abc import Mapping, Sequence

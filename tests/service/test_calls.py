@@ -3,6 +3,7 @@
 import base64
 import string
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,9 +14,10 @@ import pytest
 from model.codec import Limits
 from model.modality import BinaryModality, ImageModality, TextModality, VectorModality
 from service.body import Form
-from service.calls import Call, Item, Reader, Rejected, parse
+from service.calls import Call, Item, Reader, Rejected, SlowError, parse
 from service.errors import Problem
 from service.schemas import EmbedOptions, GenerateOptions
+from tests.attacks import png
 
 READER = Reader(
     (
@@ -197,3 +199,37 @@ def test_of_a_key_given_twice_the_last_counts(client: httpx.Client) -> None:
     twice = b'{"inputs": [{"word": "one"}], "inputs": [{"word": "two"}, {"word": "six"}]}'
     response = client.post("/embed", content=twice, headers={"content-type": "application/json"})
     assert len(response.json()["data"]) == 2
+
+
+def photo(side: int) -> str:
+    return base64.b64encode(png(width=side, height=side)).decode()
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [{"photo": photo(129)}],
+        [{"word": "hello"}, {"word": "hello", "photo": photo(400)}],
+        [{"word": "hello"}] * 5,
+    ],
+    ids=["pixels", "pixels of the second", "items"],
+)
+def test_what_takes_long_is_not_done_quickly_and_not_charged(items: list[dict[str, str]]) -> None:
+    reader = replace(READER, max_items=8)
+    asked = parse(orjson.dumps({"inputs": items}), [], EmbedOptions, reader.most_values)
+    charged: list[int] = []
+    with pytest.raises(SlowError):
+        reader.read(asked, charged.append, quickly=True)
+    assert charged == []
+    assert len(reader.read(asked, charged.append).items) == len(items)
+    assert charged == [len(items)]
+
+
+def test_what_is_done_quickly_is_done_alike() -> None:
+    items = [{"photo": photo(128), "word": "hello"}, {"word": "9", "id": "b"}]
+    asked = parse(orjson.dumps({"inputs": items}), [], EmbedOptions, READER.most_values)
+    charged: list[int] = []
+    quick, slow = READER.read(asked, charged.append, quickly=True), READER.read(asked)
+    assert charged == [2]
+    np.testing.assert_array_equal(quick.items[0].row["photo"], slow.items[0].row["photo"])
+    assert str(quick.items[1].problem) == str(slow.items[1].problem)

@@ -1,5 +1,6 @@
 """Pictures are decoded beside the event loop, by few threads, for those who still wait."""
 
+import asyncio
 import base64
 import contextlib
 import socket
@@ -13,6 +14,9 @@ import httpx
 import orjson
 import pytest
 
+from service.calls import SlowError
+from service.decoding import QUICK_BYTES, Decoding
+from service.telemetry import Metrics
 from tests.attacks import png
 
 Serve = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
@@ -82,3 +86,26 @@ def test_the_event_loop_turns_meanwhile(client: httpx.Client) -> None:
         assert client.get("/livez").status_code == 200
         answered += 1
     assert answered > 20
+
+
+@pytest.mark.parametrize(("size", "quick"), [(QUICK_BYTES, True), (QUICK_BYTES + 1, False)])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_small_body_is_read_on_the_event_loop_unless_that_takes_long(size: int, quick: bool, slow: bool) -> None:
+    where: list[tuple[bool, bool]] = []
+
+    def read(wanted: Callable[[], bool], quickly: bool) -> str:
+        assert wanted()
+        where.append((quickly, threading.current_thread() is threading.main_thread()))
+        if quickly and slow:
+            raise SlowError
+        return "read"
+
+    async def test() -> None:
+        decoding = Decoding(1, 8, Metrics({}))
+        answer, seconds = await decoding.decode(read, size)
+        assert (answer, decoding.held) == ("read", 0)
+        assert seconds >= 0
+        decoding.stop()
+
+    asyncio.run(test())
+    assert where == [(True, True)] * quick + [(False, False)] * (slow or not quick)

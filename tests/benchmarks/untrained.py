@@ -1,0 +1,54 @@
+"""A bundle with random weights: ``python -m tests.benchmarks.untrained LATENT MODALITIES FOLDER``."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
+from model.vae.export import export_bundle
+from model.vae.multimodal import MultimodalVAE
+from tests.server import ROOT
+from training import config
+
+MODALITIES: tuple[Modality, ...] = (
+    ImageModality(name="digit", channels=1, height=28, width=28, likelihood="bernoulli"),
+    ImageModality(name="photo", channels=3, height=32, width=32),
+    TextModality(name="word", length=8, alphabet=" abcdefghijklmnopqrstuvwxyz"),
+    VectorModality(name="sensor", size=16, mean=(0.0,) * 16, std=(1.0,) * 16),
+    BinaryModality(name="attributes", attributes=tuple(f"a{number}" for number in range(40))),
+    CategoricalModality(name="species", classes=tuple(f"c{number}" for number in range(10))),
+    ImageModality(name="scan", channels=1, height=32, width=32),
+    TextModality(name="note", length=16, alphabet=" abcdefghijklmnopqrstuvwxyz"),
+)
+ROWS = 9
+
+
+def main(latent: int, modalities: int, folder: Path) -> None:
+    """Export a model of the digits' sizes."""
+    torch.manual_seed(0)
+    network = config.load(ROOT / "training/configs/digits.toml").network
+    chosen = MODALITIES[:modalities]
+    vae = MultimodalVAE(chosen, **{**network.model_dump(), "latent": latent}, beta=10.0)
+    provenance = {
+        "created": "2026-01-01T00:00:00+00:00",
+        "code_revision": "unknown",
+        "config_sha256": "0" * 64,
+        "seed": 0,
+        "libraries": {},
+        "data": [],
+    }
+    facts = {"name": "untrained", "version": "1", "provenance": provenance, "metrics": {}}
+    examples = {m.name: _random(m) for m in chosen}
+    export_bundle(vae, folder, facts=facts, samples=4, horizon=2, examples=examples, card="# untrained\n")
+
+
+def _random(modality: Modality) -> torch.Tensor:
+    shape = (ROWS, *modality.shape)
+    if isinstance(modality, TextModality | CategoricalModality):
+        return torch.randint(modality.categories, shape)
+    return torch.randint(2, shape).float() if isinstance(modality, BinaryModality) else torch.rand(shape)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,83 @@
+"""The encode graph that skips absent modalities: the same numbers, and trunks that see no row too many."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from model import bundle
+from model.skipping import skip_absent
+
+ROWS = 15
+
+
+@pytest.fixture(scope="module")
+def encode(tiny_bundle: bundle.Bundle) -> bytes:
+    return tiny_bundle.content(tiny_bundle.manifest.graphs.encode)
+
+
+@pytest.fixture(scope="module")
+def names(tiny_bundle: bundle.Bundle) -> list[str]:
+    return [m.name for m in tiny_bundle.manifest.modalities]
+
+
+def run(opened: bundle.Bundle, content: bytes, feed: dict[str, Any], outputs: list[str]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    weights = opened.content(bundle.WEIGHTS)
+    options.add_external_initializers_from_files_in_memory([bundle.WEIGHTS], [weights], [len(weights)])
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]).run(outputs, feed)
+
+
+def feed(make_rows: Any, opened: bundle.Bundle, present: np.ndarray) -> dict[str, Any]:
+    inputs = make_rows(opened.manifest.modalities, len(present))
+    return {**{name: values.numpy() for name, values in inputs.items()}, "present": present}
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("subset", ["mixed", 0, 1, 2, 3, "all"])
+def test_answers_stay_the_same(
+    tiny_bundle: bundle.Bundle, encode: bytes, names: list[str], make_rows: Any, rows: int, subset: int | str
+) -> None:
+    codes = np.arange(1, rows + 1) if subset == "mixed" else np.full(rows, 15 if subset == "all" else 2 ** int(subset))
+    fed = feed(make_rows, tiny_bundle, (codes[:, None] >> np.arange(4) & 1).astype(bool))
+    outputs = ["mean", "log_var"]
+    for expected, answer in zip(
+        run(tiny_bundle, encode, fed, outputs), run(tiny_bundle, skip_absent(encode, names), fed, outputs), strict=True
+    ):
+        np.testing.assert_allclose(answer, expected, atol=1e-6)
+
+
+def test_a_trunk_gets_the_rows_that_have_its_modality(
+    tiny_bundle: bundle.Bundle, encode: bytes, names: list[str], make_rows: Any
+) -> None:
+    model = onnx.load_model_from_string(skip_absent(encode, names))
+    seen = [f"{name}/rows" for name in names]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in seen)
+    present = np.zeros((ROWS, 4), dtype=bool)
+    present[:3, 0] = present[:, 1] = present[7, 2] = True
+    fed = feed(make_rows, tiny_bundle, present)
+    found = run(tiny_bundle, model.SerializeToString(), fed, seen)
+    assert [len(rows) for rows in found] == [3, ROWS, 1, 0]
+    np.testing.assert_array_equal(found[2][0], fed[names[2]][7])
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_graph_that_cannot_be_parted_stays_as_it_is(twice: bool) -> None:
+    """A modality that enters at two places, or as it is."""
+    name = "x.own" if twice else "x"
+    nodes = [
+        helper.make_node("Neg", ["x"], ["x.own"]),
+        helper.make_node("Abs", ["x"], ["x.other"]),
+        helper.make_node("Cast", ["present"], ["there"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["there", name], ["first"]),
+        helper.make_node("Mul", ["first", "x.other"], ["mean"]),
+    ]
+    tensors = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1])]
+    tensors.append(helper.make_tensor_value_info("present", TensorProto.BOOL, ["batch", 1]))
+    answer = helper.make_tensor_value_info("mean", TensorProto.FLOAT, ["batch", 1])
+    content = helper.make_model(helper.make_graph(nodes, "graph", tensors, [answer])).SerializeToString()
+    assert skip_absent(content, ["x"]) == content
