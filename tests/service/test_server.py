@@ -194,7 +194,7 @@ def test_work_of_clients_that_left_is_dropped(serve: Serve, runtime: Runtime, st
             time.sleep(0.02 if stage == "queued" else 0)
             return super().encode(*args)
 
-    with serve(Slow(runtime.bundle, threads=1)) as client:
+    with serve(Slow(runtime.bundle, threads=1), max_queue_items=2000, max_queue_ms=600_000) as client:  # none is refused
         rounds = 30
         for number in range(rounds):
             connection = connect(client)
