@@ -59,8 +59,9 @@ def export(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, fi
 
 
 def landmarks(vae: MultimodalVAE, test: Dataset) -> dict[str, NDArray[Any]]:
-    """The bundle's map: ``mean`` (rows, latent) float32 of test rows and, where these have classes, ``label`` (rows,) text."""
-    batch = next(test.batches(0, LANDMARKS, 0, shuffle=False))
+    """The bundle's map: ``mean`` (rows, latent) float32 of test rows drawn at random, for a file may be sorted, and, where these
+    have classes, ``label`` (rows,) text."""
+    batch = next(test.batches(0, LANDMARKS, 0, shuffle=True))
     with torch.no_grad():
         found = {"mean": vae.cpu().eval().aligned(batch.arrays, batch.present).mean.numpy()}
     if batch.labels is None or test.class_names is None:

@@ -5,6 +5,7 @@ import { drawn } from "./dom.js";
 const SIZE = 340;
 const REACH = 1.1; // of the farthest that is to be seen
 const PRIOR = 1.4; // standard deviations of it that are
+const MOST_LABELS = 24;
 
 export class LatentMap {
   /** @param map {centre, plane, points, labels}: see the service's samples. */
@@ -84,12 +85,12 @@ export class LatentMap {
     return drawn("ellipse", { rx, ry, class: kind, transform: `translate(${x} ${y}) rotate(${angle})` });
   }
 
-  /** Each label at the middle of its points. */
+  /** Each label at the middle of its points, where there are so few that they can be read. */
   names(points, labels) {
     const groups = new Map();
     labels?.forEach((label, i) => label && groups.set(label, [...(groups.get(label) ?? []), points[i]]));
-    if (groups.size > 40) return [];
     const middle = (group, axis) => group.reduce((sum, point) => sum + point[axis], 0) / group.length;
+    if (groups.size > MOST_LABELS) return [];
     return [...groups].map(([label, group]) =>
       drawn("text", { x: middle(group, 0) * this.scale, y: -middle(group, 1) * this.scale }, label),
     );
