@@ -23,7 +23,7 @@ def test_apps_share_nothing(serve: Callable[..., contextlib.AbstractContextManag
 def test_nothing_outlives_an_app(serve: Callable[..., contextlib.AbstractContextManager[httpx.Client]]) -> None:
     before = set(threading.enumerate())
     with serve() as client:
-        client.post("/embed", json={"inputs": [{"word": "one"}]})
+        client.post("/embed", json={"inputs": [{"word": "one"}] * 8})  # more than is decoded without a thread
         assert {"inference", "decode_0"} <= {thread.name for thread in set(threading.enumerate()) - before}
     deadline = time.monotonic() + 2
     while set(threading.enumerate()) - before:

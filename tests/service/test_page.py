@@ -218,11 +218,11 @@ def test_a_server_that_is_not_ready_is_said_and_waited_for(serve: Serve, visit: 
         bundles = client.app.state.bundles  # type: ignore[attr-defined]
         (serving,) = bundles.all()
         prepared = serving._prepared["golden"]
-        serving._prepared["golden"], bundles.draining = "failed", True
+        serving._prepared["golden"], serving._fit, bundles.draining = "failed", False, True
         page.get_by_role("textbox", name="word", exact=True).fill("three")
         expect(page.locator("#notice")).to_contain_text("Not ready: the model is not ready: see /readyz. Asking again in 1 s.")
         expect(page.locator("#state")).to_have_text("the server is stopping")
-        serving._prepared["golden"], bundles.draining = prepared, False
+        serving._prepared["golden"], serving._fit, bundles.draining = prepared, True, False
         expect(page.locator("#notice")).to_be_hidden()
 
 
