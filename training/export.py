@@ -59,7 +59,7 @@ def export(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, fi
 
 
 def landmarks(vae: MultimodalVAE, test: Dataset) -> dict[str, NDArray[Any]]:
-    """The bundle's map: ``mean`` (rows, latent) float32 of test rows drawn at random, for a file may be sorted, and, where these
+    """The bundle's map: ``mean`` (rows, latent) float32 of test rows drawn at random (a file may be sorted) and, where they
     have classes, ``label`` (rows,) text."""
     batch = next(test.batches(0, LANDMARKS, 0, shuffle=True))
     with torch.no_grad():
