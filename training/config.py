@@ -191,8 +191,10 @@ class Config(_Table):
 
     @property
     def sha256(self) -> str:
-        """Of the whole content, defaults filled in: two files that mean the same have the same hash."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """Of all that is not the default: two files that mean the same have the same hash, and an option that came later, and
+        is not used, changes none."""
+        content = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "Config":
