@@ -3,7 +3,7 @@
 import io
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import onnxruntime
 from jaxtyping import Bool, Float32, Shaped
 
 from model import bundle
+from model.branching import branch_absent
 from model.modality import Modality
 from model.skipping import skip_absent
 
@@ -156,16 +157,23 @@ class Runtime:
         # Left to find the weights itself, it maps the file, and dies when somebody cuts that short.
         weights = self.bundle.content(bundle.WEIGHTS)
         options.add_external_initializers_from_files_in_memory([bundle.WEIGHTS], [weights], [len(weights)])
-        self._encode = self._open(graphs.encode, options, skipping=self.device == "cpu")
-        self._refine = self._open(graphs.refine, options)
+        names = [m.name for m in self.modalities]
+        self._encode = self._open(graphs.encode, options, lambda graph: skip_absent(graph, names))
+        self._refine = self._open(graphs.refine, options, lambda graph: branch_absent(graph, weights, names))
         self._decode = {name: self._open(file, options) for name, file in graphs.decode.items()}
 
-    def _open(self, name: str, options: onnxruntime.SessionOptions, *, skipping: bool = False) -> onnxruntime.InferenceSession:
+    def _open(
+        self, name: str, options: onnxruntime.SessionOptions, for_cpu: Callable[[bytes], bytes] = lambda graph: graph
+    ) -> onnxruntime.InferenceSession:
+        """
+        Args:
+            for_cpu: changes the graph. Not on a GPU, which what depends on the data would hold up.
+        """
         providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
         try:
             content = self.bundle.content(name)
-            if skipping:  # not on a GPU, which shapes that depend on the data would hold up
-                content = skip_absent(content, [m.name for m in self.modalities])
+            if self.device == "cpu":
+                content = for_cpu(content)
             session = onnxruntime.InferenceSession(content, options, providers=providers)
         except bundle.BundleError:
             raise

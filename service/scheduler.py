@@ -14,6 +14,10 @@ from service.refinement import Ascent, Stream, antithetic, noise
 from service.work import Outcome, Refinement, Work
 
 RECOVERY_SECONDS = 60.0
+TICK_SECONDS = 0.004
+"""What a step of refinement may take where rows come that want none: they wait for its end."""
+HURRY_SECONDS = 1.0
+"""After one such row more of them are expected for so long."""
 
 
 @runtime_checkable
@@ -65,7 +69,8 @@ class Scheduler:
     """Rows between the queue and their outcomes. For one thread.
 
     Rows without refinement leave in the call that admitted them. The others take one step in each ``step``, whichever rows are
-    active together, so that a long refinement never holds back a short one. No answer depends on a row's neighbours.
+    active together, so that a long refinement never holds back a short one. While rows without refinement come, so few take a
+    step together that it is short. No answer depends on a row's neighbours.
 
     Args:
         max_batch: rows in one run of a graph, where memory allows.
@@ -77,6 +82,8 @@ class Scheduler:
         self._raise_at = 0.0
         self._observer = observer
         self._active: deque[Row] = deque()
+        self._quick: dict[tuple[str, ...], int] = {}  # rows of a subset that take a step in TICK_SECONDS, as far as known
+        self._hurried_until = 0.0
         self.runs = 0
         """Rows that went through a graph, each time counted."""
 
@@ -113,21 +120,20 @@ class Scheduler:
                 self._active.append(row)
             else:
                 unrefined.append(row)
+                self._hurried_until = now + HURRY_SECONDS
         return left + self._finish(unrefined)
 
     def step(self) -> list[Row]:
-        """One refinement step of the ``max_batch`` active rows that waited longest for theirs.
+        """One refinement step of the row that waited longest for its own, and of others.
 
         Returns:
             the rows that are finished, failed or not.
         """
-        turn: list[Row] = []
-        limit = self.max_batch
-        while self._active and len(turn) < limit:
-            row = self._active.popleft()
-            if not row.abandoned:
-                turn.append(row)
+        began = monotonic()
+        turn, subset = self._turn(began)
         stepped, left = self._isolate("refine", self._refine, turn)
+        if turn:
+            self._learn(subset, len(turn), monotonic() - began)
         done = []
         for row in stepped:
             if row.refinement is None:
@@ -136,6 +142,32 @@ class Scheduler:
                 self._observer.refined(row.refinement)
                 done.append(row)
         return left + self._finish(done)
+
+    def _turn(self, now: float) -> tuple[list[Row], tuple[str, ...]]:
+        """The rows whose turn it is, and what they have in common. On a CPU that is their modalities: a graph passes over those
+        that no row has."""
+        self._active = deque(row for row in self._active if not row.abandoned)
+        if not self._active:
+            return [], ()
+        subset = self._kind(self._active[0])
+        limit = self.max_batch
+        if now < self._hurried_until:
+            limit = min(limit, self._quick.get(subset, 1))
+        turn: list[Row] = []
+        others: deque[Row] = deque()
+        for row in self._active:
+            (turn if len(turn) < limit and self._kind(row) == subset else others).append(row)
+        self._active = others
+        return turn, subset
+
+    def _kind(self, row: Row) -> tuple[str, ...]:
+        return tuple(row.work.row) if self._runtime.device == "cpu" else ()
+
+    def _learn(self, subset: tuple[str, ...], rows: int, seconds: float) -> None:
+        if seconds > TICK_SECONDS:
+            self._quick[subset] = max(1, int(rows * TICK_SECONDS / seconds))
+        elif rows >= self._quick.get(subset, 1) and seconds < TICK_SECONDS / 2:
+            self._quick[subset] = 2 * rows
 
     def _isolate(self, stage: str, run: Callable[[list[Row]], None], rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """Run a stage; when it raises, run each half alone, down to the rows that cannot be run.

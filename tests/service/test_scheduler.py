@@ -1,5 +1,6 @@
 """Rows are batched without touching each other: not their numbers, not their waiting time, not their faults."""
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from time import monotonic
@@ -12,7 +13,7 @@ from model import bundle
 from model.modality import TextModality, collate
 from model.runtime import Posterior, Runtime
 from service.refinement import Stream, antithetic, noise
-from service.scheduler import Row, Scheduler, Silent
+from service.scheduler import TICK_SECONDS, Row, Scheduler, Silent
 from service.work import Outcome, Refine, Refinement, Work
 
 
@@ -241,9 +242,63 @@ class TestRefinement:
         assert scheduler.admit([long]) == []
         scheduler.step()
         assert scheduler.admit([short, brief]) == [short]
-        assert scheduler.step() == []
-        assert scheduler.step() == [brief]
+        done = [row for _ in range(4) for row in scheduler.step()]  # together, or in turns where that takes too long
+        assert done == [brief]
         assert (scheduler.active, long.outcome) == (1, None)
+
+    def test_rows_of_one_subset_step_together(self, sabotaged: Sabotaged) -> None:
+        """So that no decoder runs for a modality that none of them has; and every subset gets its turn."""
+        subsets: list[set[bytes]] = []
+        refine = sabotaged.refine
+
+        def watched(inputs: Any, present: Any, *others: Any) -> Any:
+            subsets.append({row.tobytes() for row in present})
+            return refine(inputs, present, *others)
+
+        sabotaged.refine = watched  # type: ignore[method-assign]
+        works = [Work(work.row, 0, index, Refine(2)) for index, work in enumerate(mixed_works(sabotaged))]
+        run(scheduler_of(sabotaged), works)
+        assert [len(found) for found in subsets] == [1] * 21  # three evaluations of each of seven subsets
+        assert all(len(set().union(*subsets[turn : turn + 7])) == 7 for turn in (0, 7, 14))
+
+    def test_steps_are_short_while_others_wait_for_their_end(self, sabotaged: Sabotaged) -> None:
+        turns: list[int] = []
+
+        def slow(stage: str, inputs: Any) -> None:
+            if stage == "refine":
+                turns.append(len(inputs["digit"]))
+                time.sleep(1.5 * TICK_SECONDS * turns[-1])
+
+        sabotaged.before = slow
+        scheduler = scheduler_of(sabotaged)
+        rows = [Row(Work(full_row(sabotaged, i), 0, i, Refine(steps=20)), monotonic()) for i in range(4)]
+        scheduler.admit(rows)
+        scheduler.step()
+        assert turns == [4]  # nobody else is there
+        scheduler.admit([Row(Work(full_row(sabotaged, 9), 0, 0), monotonic())])
+        for _ in range(8):
+            scheduler.step()
+        assert turns == [4] + [1] * 8
+
+    def test_quick_steps_grow_while_others_wait(self, runtime: Runtime) -> None:
+        """Words take a fraction of what a step may take."""
+        turns: list[int] = []
+        refine = runtime.refine
+
+        def counted(inputs: Any, present: Any, *others: Any) -> Any:
+            turns.append(len(present))
+            return refine(inputs, present, *others)
+
+        scheduler = scheduler_of(runtime)
+        words = [{"word": full_row(runtime, i)["word"]} for i in range(8)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtime, "refine", counted)
+            scheduler.admit([Row(Work(word, 0, i, Refine(steps=6)), monotonic()) for i, word in enumerate(words)])
+            while scheduler.active:
+                scheduler.admit([Row(Work(words[0], 0, 0), monotonic())])
+                scheduler.step()
+        assert turns[0] == 1
+        assert max(turns) >= 4
 
     @pytest.mark.parametrize("what", ["posterior", "log_var", "objective", "everything"])
     @pytest.mark.parametrize("since", [0, 2])
@@ -369,7 +424,9 @@ def test_the_observer_and_the_row_hear_of_every_stage(runtime: Runtime) -> None:
     outcomes = run(scheduler_of(runtime, recorder), works)
     assert recorder.batches == [3]
     assert len(recorder.waits) == 3
-    assert recorder.stages == ["encode", "generate", "refine", "refine", "refine", "generate"]
+    assert recorder.stages[:2] == ["encode", "generate"]
+    assert recorder.stages[-1] == "generate"
+    assert recorder.stages.count("refine") in range(3, 7)  # two rows, three evaluations each, together or in turns
     assert recorder.refinements == [outcome.refinement for outcome in outcomes[1:]]
     for outcome in outcomes:
         assert outcome.timings.keys() == {"queue", "encode", "refine", "generate"}
