@@ -66,10 +66,12 @@ class Call(Generic[O]):
 
 @dataclass(frozen=True)
 class Asked(Generic[O]):
-    """What a body asks for. ``inputs`` are what stands in its place, not looked at yet, or a form's one sample."""
+    """What a body asks for. ``inputs`` are what stands in its place, not looked at yet, or a form's one sample. ``most_steps``
+    is the largest number of refinement steps that the query or the body names."""
 
     options: O
     inputs: object
+    most_steps: int
 
 
 def parse(body: bytes | Form, query: Sequence[tuple[str, str]], options: type[O], most_values: int) -> Asked[O]:
@@ -86,10 +88,12 @@ def parse(body: bytes | Form, query: Sequence[tuple[str, str]], options: type[O]
         fields = parse_object(body.options or b"{}", f"part {OPTIONS_PART!r}", _SPARE_VALUES)
         if "inputs" in fields:
             raise Problem.of([Fault("/inputs", "invalid_value", "a form's parts are its one input: leave inputs out")])
-        return Asked(_options(options, query, fields), body)
-    fields = parse_object(body, "the body", most_values)
-    inputs = fields.pop("inputs", None)
-    return Asked(_options(options, query, fields), inputs)
+        inputs: object = body
+    else:
+        fields = parse_object(body, "the body", most_values)
+        inputs = fields.pop("inputs", None)
+    merged, most_steps = _options(options, query, fields)
+    return Asked(merged, inputs, most_steps)
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,8 @@ class Reader:
         """
         inputs = asked.inputs
         listed = self.listed([self._from_form(inputs.sample)] if isinstance(inputs, Form) else inputs, "/inputs")
-        steps = asked.options.refine.steps
-        if steps > self.max_refine_steps:
-            detail = f"{steps} steps; at most {self.max_refine_steps} are allowed"
+        if asked.most_steps > self.max_refine_steps:
+            detail = f"{asked.most_steps} steps; at most {self.max_refine_steps} are allowed"
             raise Problem.of([Fault("/refine/steps", "out_of_range", detail)])
         return Call(asked.options, self.items(listed, "/inputs", charge, wanted, quickly=quickly))
 
@@ -220,14 +223,19 @@ def _decode(modality: Modality, content: object, limits: codec.Limits) -> NDArra
     return np.asarray(codec.decode(modality, content, limits))
 
 
-def _options(model: type[O], query: Sequence[tuple[str, str]], fields: dict[str, Any]) -> O:
+def _options(model: type[O], query: Sequence[tuple[str, str]], fields: dict[str, Any]) -> tuple[O, int]:
+    """The options, and the most refinement steps named: what the body overrules must be right too."""
+    most_steps = 0
     if query:
-        asked = options_of(model, _nested(query, model), strict=False).model_dump(exclude_unset=True)
+        told = options_of(model, _nested(query, model), strict=False)
+        most_steps = told.refine.steps
+        asked = told.model_dump(exclude_unset=True)
         for name, value in fields.items():
             both = isinstance(value, dict) and isinstance(asked.get(name), dict)
             asked[name] = {**asked[name], **value} if both else value
         fields = asked
-    return options_of(model, fields)
+    merged = options_of(model, fields)
+    return merged, max(most_steps, merged.refine.steps)
 
 
 def options_of(model: type[M], fields: Mapping[str, Any], strict: bool = True) -> M:

@@ -5,6 +5,7 @@ import base64
 import io
 from typing import Any
 
+import jsonschema_rs
 import schemathesis
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,6 +34,17 @@ schemathesis.openapi.format("binary", files)
 schemathesis.openapi.media_type("image/png, image/jpeg, image/webp", files)
 
 
+def _is_right(case: Case) -> bool:
+    """What breaks one branch of an anyOf may fit another, and an empty list in a form leaves nothing behind: a body that was
+    made to be wrong is right now and then."""
+    if case.media_type == "multipart/form-data":
+        return isinstance(case.body, dict) and case.body.get("options") == []
+    document = case.operation.schema.raw_schema
+    content = document["paths"][case.path][case.method.lower()]["requestBody"]["content"]
+    schema = {**content["application/json"]["schema"], "components": document["components"]}
+    return bool(jsonschema_rs.is_valid(schema, case.body))
+
+
 @schemathesis.hook
 def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:  # noqa: ARG001
     """Give the service the time to answer: schemathesis likes to ask for one millisecond."""
@@ -47,6 +59,8 @@ def filter_failure(context: HookContext, failure: Failure, case: Case, response:
     body = response.json() if "json" in response.headers.get("content-type", [""])[0] else {}
     code = body.get("error", body).get("code") if isinstance(body, dict) else None
     name = type(failure).__name__
-    if name == "AcceptedNegativeData":  # with on_error partial, a bad item is told of in its place
-        return not (isinstance(body, dict) and any("error" in item for item in body.get("data", ())))
+    if name == "AcceptedNegativeData":
+        # With on_error partial, a bad item is told of in its place.
+        told = isinstance(body, dict) and any("error" in item for item in body.get("data", ()))
+        return not (told or ("in body" in failure.message and _is_right(case)))
     return not (name == "RejectedPositiveData" and code in NOT_IN_A_SCHEMA)

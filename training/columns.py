@@ -19,10 +19,11 @@ from rich.progress import track
 
 from model import codec
 from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
+from training.room import MOST_BYTES, copy_rows, room
 
 UNKNOWN = -1
 """Label of a row whose class nobody told."""
-_CHUNK = 1024
+_CHUNK = 128
 _log = logging.getLogger(__name__)
 
 
@@ -70,13 +71,13 @@ class Column:
     faults: list[tuple[int, str]] = field(default_factory=list)
     blank: int = 0
 
-    def take(self, rows: NDArray[np.int64]) -> "Column":
-        """The same of some rows, in their order."""
+    def take(self, rows: NDArray[np.int64], most_bytes: int = MOST_BYTES) -> "Column":
+        """The same of some rows, in their order. ``most_bytes``: see ``room``."""
         if self.starts is None:
-            return replace(self, values=self.values[rows], present=self.present[rows])
-        values = np.concatenate([np.arange(self.starts[row], self.starts[row + 1]) for row in rows])
+            return replace(self, values=copy_rows(self.values, rows, most_bytes), present=self.present[rows])
+        chosen = np.concatenate([np.arange(self.starts[row], self.starts[row + 1]) for row in rows])
         starts = np.concatenate([[0], np.cumsum(np.diff(self.starts)[rows])])
-        return replace(self, values=self.values[values], present=self.present[rows], starts=starts)
+        return replace(self, values=copy_rows(self.values, chosen, most_bytes), present=self.present[rows], starts=starts)
 
 
 def columns_of(columns: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -85,7 +86,12 @@ def columns_of(columns: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def decode(
-    rows: Rows, columns: Sequence[str], modality: Modality, names: tuple[str, ...] | None, most_faults: int | None = None
+    rows: Rows,
+    columns: Sequence[str],
+    modality: Modality,
+    names: tuple[str, ...] | None,
+    most_faults: int | None = None,
+    most_bytes: int = MOST_BYTES,
 ) -> Column:
     """Decode every row.
 
@@ -93,11 +99,11 @@ def decode(
         columns: one, or several of single numbers.
         names: of the classes, where the column holds class numbers.
         most_faults: reading ends with as many. None: all are found.
+        most_bytes: that the values may take in memory, see ``room``.
     """
     several = isinstance(modality, TextModality) and isinstance(rows.table.features[columns[0]], datasets.List)
     stored = np.uint8 if isinstance(modality, ImageModality) and modality.in_files else modality.dtype
-    column = Column(np.zeros((0 if several else len(rows), *modality.shape), stored), np.zeros(len(rows), dtype=bool))
-    texts: list[NDArray[Any]] = []
+    column = Column(room((len(rows), *modality.shape), stored, most_bytes), np.zeros(len(rows), dtype=bool))
     starts = [0]
     read = _reader(modality, names, columns)
     began = time.monotonic()
@@ -109,27 +115,38 @@ def decode(
         disable=not sys.stderr.isatty(),
     )
     for row, value in enumerate(steps):
+        found: list[NDArray[Any]] = []
         try:
             if several:
                 found = [read(text) for text in value or () if not _is_blank(text)]
                 column.present[row] = bool(found)
-                texts += found or [np.zeros(modality.shape, modality.dtype)]
             elif not (value is None or (names and value == UNKNOWN) or _is_blank(value)):
                 column.values[row] = read(value)
                 column.present[row] = True
             column.blank += value is not None and _is_blank(value)
         except (codec.CodecError, OSError) as error:
             column.faults.append((int(rows.numbers[row]), str(error)))
-            if several:
-                texts.append(np.zeros(modality.shape, modality.dtype))
             if len(column.faults) == most_faults:
                 break
-        starts.append(len(texts))
+        if several:
+            starts.append(starts[-1] + max(1, len(found)))
+            column.values = _grown(column.values, starts[-1], most_bytes)
+            if found:
+                column.values[starts[-2] : starts[-1]] = found
     if several:
-        column.values = np.stack(texts) if texts else column.values
+        column.values = column.values[: starts[-1]]
         column.starts = np.array(starts)
     _log.info("read %d rows of %s %s in %.1f s", len(rows), rows.file, " ".join(columns), time.monotonic() - began)
     return column
+
+
+def _grown(values: NDArray[Any], size: int, most_bytes: int) -> NDArray[Any]:
+    """With room for at least ``size`` of them."""
+    if size <= len(values):
+        return values
+    larger = room((max(size, 2 * len(values)), *values.shape[1:]), values.dtype, most_bytes)
+    larger[: len(values)] = values
+    return larger
 
 
 def texts(rows: Rows, columns: Sequence[str], names: tuple[str, ...] | None) -> Iterator[list[str]]:

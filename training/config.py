@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from model.modality import ImageModality, Modality, TextModality
+from training.room import MOST_BYTES
 
 
 class ConfigError(Exception):
@@ -105,7 +106,14 @@ class Data(_Table):
     """A value that cannot be read ends the run before it begins, or counts as absent, with a warning."""
     max_vocabulary: PositiveInt = Field(default=2000, exclude_if=lambda size: size == 2000)
     """Words that a text learns at most, the most frequent ones."""
+    memory_mb: PositiveInt = MOST_BYTES >> 20
+    """Decoded values of one modality that take more lie in a file in ``TMPDIR``, and training reads its batches from there."""
     sources: tuple[Source, ...] = Field(min_length=1)
+
+    @property
+    def most_bytes(self) -> int:
+        """``memory_mb`` in bytes."""
+        return self.memory_mb << 20
 
 
 class Network(_Table):

@@ -1,7 +1,6 @@
 """Rows with missing modalities -> batches; pairing by row or by class."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from training.learning import learn
 from training.sources import UNKNOWN, DataError, Split, Table, read_table
 
 __all__ = ["Batch", "DataError", "Dataset", "load"]
-
-_COUNTED = 4096  # rows at a time
 
 
 @dataclass(frozen=True)
@@ -107,9 +104,7 @@ class Dataset:
         rows = np.arange(len(self))
         if shuffle:
             rows = _generator(seed, epoch, 0).permutation(rows)[: self._rows_per_epoch]
-        taken = [rows]  # for each table, the row that each position of the epoch takes
-        for stream, partners in enumerate(self._partners, start=1):
-            taken.append(partners.draw(rows, _generator(seed, epoch, stream)))
+        taken = self._taken(rows, epoch, seed)
         places = {name: taken[table] for name, table in self._table_of.items()}  # of each modality's values
         for stream, name in enumerate(self._several, start=len(taken) + len(self._free)):
             starts, generator = self._starts(name), _generator(seed, epoch, stream)
@@ -133,13 +128,20 @@ class Dataset:
 
     def subsets(self) -> dict[tuple[str, ...], int]:
         """How many rows have which modalities, the most frequent first. Partners of a class are those that evaluation takes."""
-        counts: Counter[tuple[str, ...]] = Counter()
         names = [m.name for m in self.modalities]
-        for batch in self.batches(0, _COUNTED, 0, shuffle=False):
-            masks, found = np.unique(batch.present.numpy(), axis=0, return_counts=True)
-            for mask, count in zip(masks, found.tolist(), strict=True):
-                counts[tuple(name for name, bit in zip(names, mask, strict=True) if bit)] += count
-        return dict(counts.most_common())
+        taken = self._taken(np.arange(len(self)), 0, 0)
+        present = np.stack([self.columns[name].present[taken[self._table_of[name]]] for name in names], axis=1)
+        masks, counts = np.unique(present, axis=0, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return {
+            tuple(name for name, bit in zip(names, mask, strict=True) if bit): count
+            for mask, count in zip(masks[order].tolist(), counts[order].tolist(), strict=True)
+        }
+
+    def _taken(self, rows: NDArray[np.int64], epoch: int, seed: int) -> list[NDArray[np.int64]]:
+        """For each table the row that each of these rows of the first takes."""
+        partners = enumerate(self._partners, start=1)
+        return [rows, *(some.draw(rows, _generator(seed, epoch, stream)) for stream, some in partners)]
 
     def _starts(self, name: str) -> NDArray[np.int64]:
         starts = self.columns[name].starts
@@ -181,11 +183,12 @@ def load(config: Config, split: Split, folder: Path | None = None) -> Dataset:
     """
     folder = folder or Path(os.environ.get("CONCORD_DATA") or config.data.folder)
     modalities, class_names = learn(config, folder)
+    own = config.data
     tables = [
-        read_table(source, split, modalities, folder, class_names, config.data.bad_values, config.data.rows)
-        for source in config.data.sources
+        read_table(source, split, modalities, folder, class_names, own.bad_values, own.rows, own.most_bytes)
+        for source in own.sources
     ]
-    found = Dataset(tables, list(modalities.values()), config.data, config.data.rows_per_epoch if split == "train" else None)
+    found = Dataset(tables, list(modalities.values()), own, own.rows_per_epoch if split == "train" else None)
     if split == "train":
         _refuse_nothing_to_align(found)
     return found

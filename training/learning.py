@@ -10,6 +10,7 @@ from model.modality import UNKNOWN_CHARACTER, Modality, TextModality, VectorModa
 from model.text import pieces
 from training.columns import Rows, columns_of, decode, texts
 from training.config import Config
+from training.room import moments
 from training.sources import DataError, judge, names_of, open_rows, read_labels
 
 ENOUGH_ROWS = 2
@@ -62,13 +63,12 @@ def _learned(
 
 def _statistics(config: Config, modality: VectorModality, rows: Rows, columns: str | tuple[str, ...]) -> dict[str, Any]:
     raw = modality.model_copy(update={"mean": None, "std": None})
-    column = decode(rows, columns_of(columns), raw, None)
+    column = decode(rows, columns_of(columns), raw, None, most_bytes=config.data.most_bytes)
     judge(rows, modality.name, columns, column, config.data.bad_values)
-    values = column.values[column.present].astype(np.float64)
-    if len(values) == 0:
+    if not column.present.any():
         raise DataError(f"{rows.file}: no row holds {modality.name}: give it a mean and a std, or leave the modality out")
-    std = values.std(axis=0)
-    found = {"mean": tuple(values.mean(axis=0).tolist()), "std": tuple(np.where(std > 0, std, 1.0).tolist())}
+    mean, std = moments(column.values, np.flatnonzero(column.present))
+    found = {"mean": tuple(mean.tolist()), "std": tuple(np.where(std > 0, std, 1.0).tolist())}
     return {key: value if getattr(modality, key) is None else getattr(modality, key) for key, value in found.items()}
 
 

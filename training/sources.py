@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow.dataset
 import pyarrow.parquet
 from jaxtyping import Int64
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from model.bundle import DataSource
 from model.modality import Modality
 from training.columns import UNKNOWN, Column, Rows, columns_of, decode
 from training.config import Place, Source
+from training.room import MOST_BYTES
 
 __all__ = [
     "UNKNOWN",
@@ -36,6 +38,7 @@ __all__ = [
 Split = Literal["train", "test"]
 Which = Literal["all", "complete"]
 _SHOWN = 5  # bad values, in a message
+_READ = 256  # rows of a Parquet file at a time, within a row group
 _log = logging.getLogger(__name__)
 
 
@@ -68,6 +71,7 @@ def read_table(
     class_names: tuple[str, ...] | None = None,
     bad_values: Literal["fail", "absent"] = "fail",
     which: Which = "all",
+    most_bytes: int = MOST_BYTES,
 ) -> Table:
     """Read one split of a source and decode every row.
 
@@ -77,6 +81,7 @@ def read_table(
         class_names: stand for the names that the label column gives.
         bad_values: what to do of values that cannot be read, and of rows that then have nothing. ``absent`` warns of both.
         which: of the training rows.
+        most_bytes: that one modality's values may take in memory, see ``room``.
 
     Raises:
         DataError: the source is missing, empty or damaged, lacks a column, has labels that are no classes, a value that is
@@ -88,7 +93,7 @@ def read_table(
     for name, columns in source.columns.items():
         own = names if columns == source.label else names_of(rows, columns)
         most = _SHOWN if bad_values == "fail" else None
-        decoded[name] = decode(rows, columns_of(columns), modalities[name], own, most)
+        decoded[name] = decode(rows, columns_of(columns), modalities[name], own, most, most_bytes)
         judge(rows, name, columns, decoded[name], bad_values)
     present = np.array([column.present for column in decoded.values()])
     filled = present.any(axis=0)
@@ -103,7 +108,7 @@ def read_table(
     digest = _sha256(source, split, folder, [part for c in decoded.values() for part in (c.values, c.present)])
     facts = DataSource(file=rows.file, sha256=digest, rows=int(wanted.sum()), licence=source.licence)
     return Table(
-        decoded if kept is None else {name: column.take(kept) for name, column in decoded.items()},
+        decoded if kept is None else {name: column.take(kept, most_bytes) for name, column in decoded.items()},
         labels if labels is None or kept is None else labels[kept],
         names,
         facts,
@@ -199,6 +204,9 @@ def open_place(place: Place, folder: Path) -> datasets.Dataset:
         elif path.suffix == ".parquet":
             _refuse_columns(path)
             arguments = {"path": "parquet", "data_files": {"rows": glob.escape(str(path))}, "split": "rows"}
+            # Else the whole file is read ahead, however large it is.
+            arguments["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
+            arguments["batch_size"] = _READ
         else:
             raise DataError(f"{path}: a source is a .parquet file or a folder with one folder of images a class")
         remedy = "Check that it is whole, of this format and not empty"

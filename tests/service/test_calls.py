@@ -82,6 +82,13 @@ def test_the_query_names_options_with_dots_and_the_body_overrules_each() -> None
     assert (options.refine.steps, options.refine.tolerance, options.seed, options.normalize) == (3, 0.5, 1, True)
 
 
+def test_what_the_body_overrules_must_be_right_too() -> None:
+    body = orjson.dumps({"inputs": [{"word": "a"}], "refine": {"steps": 3}})
+    with pytest.raises(Problem) as raised:
+        READER.read(parse(body, [("refine.steps", "55386253")], EmbedOptions, READER.most_values))
+    assert (raised.value.faults[0].pointer, raised.value.faults[0].code) == ("/refine/steps", "out_of_range")
+
+
 def test_a_list_in_the_query_is_a_name_repeated() -> None:
     query = [("targets", "face"), ("targets", "photo"), ("output.image", "webp")]
     options = READER.read(parse(orjson.dumps({"inputs": [{"word": "a"}]}), query, GenerateOptions, READER.most_values)).options
