@@ -154,8 +154,9 @@ class Refiner(Stage):
     """Stage 2: the refiner of the joint posterior, beside the VAE."""
 
     epochs: PositiveInt = 2
-    steps: PositiveInt = 4
-    """Refinement steps of every batch, in this stage and in the next."""
+    steps: NonNegativeInt = 4
+    """Refinement steps of every batch, in this stage and in the next. 0: the joint posterior itself teaches, and the decoders
+    learn from two samples of it, as often as they would from both."""
     samples: int = Field(default=2, ge=2, multiple_of=2)
     """Noise samples a step while training, in antithetic pairs."""
     serving_samples: int = Field(default=4, ge=2, multiple_of=2)
@@ -168,6 +169,9 @@ class Align(Stage):
     epochs: PositiveInt = 5
     reconstruction: float = Field(default=0.2, ge=0)
     """Weight of reconstructing all modalities from a sample of a random subset's posterior, against the joint ELBO."""
+    pull: float = Field(default=0.0, ge=0)
+    """Weight of KL(q(z | X) || q(z | x_m)) of each single modality, both sides learning, as in JMVAE-kl (Suzuki et al. 2017,
+    equation 6): the joint encoder keeps to what each modality can tell. 0: only the students move."""
 
 
 Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf"]

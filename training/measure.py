@@ -160,7 +160,7 @@ def _by_step(config: Config, model: MultimodalVAE, batches: list[Batch], judges:
                 z = at.mean + (0.5 * at.log_var).exp() * noise
                 hits[step] += [cross_coherence(model, judges, t, z, some.labels) for t in judges if t != names[index]]
     coherence = [torch.cat(hit).float().mean().item() for hit in hits]
-    return {"coherence": coherence, "milliseconds_per_step": 1000 * seconds / steps / max(rows, 1)}
+    return {"coherence": coherence, "milliseconds_per_step": 1000 * seconds / max(steps, 1) / max(rows, 1)}
 
 
 def _cosine(config: Config, model: Generative, batches: list[Batch]) -> dict[str, dict[str, float]]:
@@ -220,7 +220,7 @@ def _gap(config: Config, model: Generative, batch: Batch, progress: Progress) ->
         since = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
         path = refined_path(config, model, complete, q.gaussian, standard_like(q.gaussian), steps, generator)
-        milliseconds = 1000 * (time.perf_counter() - since) / steps / len(complete.present)
+        milliseconds = 1000 * (time.perf_counter() - since) / max(steps, 1) / len(complete.present)
     limit = adam_limit(model, complete, q.gaussian, torch.Generator().manual_seed(1))
     *by_step, best = elbos(model, complete, [*path, limit], torch.Generator().manual_seed(2))
     steps_taken = torch.stack(by_step)

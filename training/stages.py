@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.vae.gaussian import antithetic
+from model.vae.gaussian import Gaussian, antithetic, kl
 from model.vae.multimodal import MultimodalVAE
 from training import config
 from training.data import Batch
@@ -48,8 +48,8 @@ def joint_loss(vae: MultimodalVAE, batch: Batch, noise: Noise) -> tuple[Tensor, 
 
 def refiner_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner) -> tuple[Tensor, dict[str, Tensor]]:
     """The refiner learns its steps; encoder and decoders go on, the decoders at refined posteriors too."""
-    loss, figures, refined = _joint_and_refined(vae, batch, noise, settings, learn=True)
-    return loss + refined.loss.mean() / settings.steps, figures
+    loss, figures, _, refined = _joint_and_refined(vae, batch, noise, settings, learn=True)
+    return loss + refined.loss.mean() / max(1, settings.steps), figures
 
 
 def align_loss(
@@ -60,7 +60,7 @@ def align_loss(
     Students that never reconstruct do not learn to generate (what CRMVAE found), hence the reconstruction term: decoders and
     aligned encoder also serve samples from the posterior of a random subset.
     """
-    loss, figures, refined = _joint_and_refined(vae, batch, noise, refiner, learn=False)
+    loss, figures, start, refined = _joint_and_refined(vae, batch, noise, refiner, learn=False)
     subsets = every_subset(len(vae.modalities))
     if len(subsets) > MAX_SUBSETS:
         singles = len(vae.modalities)
@@ -69,6 +69,11 @@ def align_loss(
     divergences, students = alignment(vae, batch, refined.posterior, subsets)
     loss = loss + vae.beta * divergences.sum(0).mean()
     figures["align"] = divergences.mean()
+    if settings.pull:
+        alone = students[: len(vae.modalities)]
+        apart = torch.where(batch.present.T, torch.stack([kl(start, student) for student in alone]), 0.0)
+        loss = loss + settings.pull * vae.beta * apart.sum(0).mean()
+        figures["pull"] = apart.mean()
     if settings.reconstruction:
         # One student a row, drawn at random, costs a single pass through the decoders.
         choice = noise.choices(len(students))
@@ -86,12 +91,13 @@ def align_loss(
 
 def _joint_and_refined(
     vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner, *, learn: bool
-) -> tuple[Tensor, dict[str, Tensor], Refined]:
+) -> tuple[Tensor, dict[str, Tensor], Gaussian, Refined]:
     start = vae.joint(batch.arrays, batch.present)
     pairs = settings.samples // 2
     climbed = antithetic(noise.normal(pairs, vae.latent))
-    judges = torch.stack([antithetic(noise.normal(pairs, vae.latent)) for _ in range(settings.steps)]) if learn else None
+    judging = [antithetic(noise.normal(pairs, vae.latent)) for _ in range(settings.steps)] if learn else []
+    judges = torch.stack(judging) if judging else None
     refined = refine(vae, batch, start, climbed, settings.steps, judges)
     at_start, at_refined = elbos(vae, batch, [start, refined.posterior], noise.normal(2, vae.latent))
     loss = -(at_start + at_refined).mean() / 2
-    return loss, {"elbo": at_start.mean(), "refined": at_refined.mean()}, refined
+    return loss, {"elbo": at_start.mean(), "refined": at_refined.mean()}, start, refined

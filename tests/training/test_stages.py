@@ -109,6 +109,27 @@ def test_the_teacher_is_not_pulled_to_its_students(vae: MultimodalVAE, batch: Ba
         torch.testing.assert_close(found, expected)
 
 
+def test_the_pull_moves_both_sides(vae: MultimodalVAE, batch: Batch) -> None:
+    losses = [align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0, pull=weight)) for weight in (0.0, 0.5)]
+    (plain, without), (pulled, figures) = losses
+    assert "pull" not in without
+    torch.testing.assert_close(pulled - plain, 0.5 * vae.beta * len(vae.modalities) * figures["pull"])
+    for part in ("joint", "aligned"):
+        assert any(bool(g.any()) for g in slopes(vae, figures["pull"], part))
+
+
+def test_without_steps_the_joint_posterior_teaches_and_decoders_learn_as_often(vae: MultimodalVAE, batch: Batch) -> None:
+    none = config.Refiner(steps=0, samples=2)
+    loss, figures = refiner_loss(vae, batch, seeded(), none)
+    assert torch.equal(loss, -(figures["elbo"] + figures["refined"]) / 2)
+    assert not any(bool(g.any()) for g in slopes(vae, loss, "refiner"))
+    assert any(bool(g.any()) for g in slopes(vae, figures["refined"], "decoders"))
+    _, figures = align_loss(vae, batch, seeded(), none, config.Align())
+    q = vae.joint(batch.arrays, batch.present)
+    divergences, _ = stages.alignment(vae, batch, q, stages.every_subset(len(vae.modalities)))
+    torch.testing.assert_close(figures["align"], divergences.mean())
+
+
 def test_decoders_serve_refined_posteriors_too(vae: MultimodalVAE, batch: Batch) -> None:
     _, figures = refiner_loss(vae, batch, seeded(), REFINER)
     assert any(bool(g.any()) for g in slopes(vae, figures["refined"], "decoders"))
