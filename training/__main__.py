@@ -33,7 +33,7 @@ from training.guess import guess
 from training.measure import generation
 from training.metrics.judge import judges
 from training.progress import Progress
-from training.report import write_comparisons, write_results, write_rows
+from training.report import write_comparisons, write_results, write_rows, write_teachers
 from training.sources import open_place
 
 app = typer.Typer(
@@ -199,6 +199,7 @@ def report(
     """Write the README's tables: of the figures that a bundle carries, and of every results file, with its charts beside it."""
     write_results(readme, read(bundle or builtin(DEFAULT_BUNDLE)).manifest)
     write_rows(readme, results / "birds")
+    write_teachers(readme, results / "birds-features")
     for chart in write_comparisons(readme, results):
         print(chart)
 

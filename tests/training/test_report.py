@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from training.report import comparison_table, rows_table, write_comparisons, write_rows
+from training.report import comparison_table, rows_table, write_comparisons, write_rows, write_teachers
 from training.scores import average, finished, scores
 
 README = "# Text\n<!-- comparison -->\nold\n<!-- /comparison -->\nmore\n"
@@ -143,3 +143,31 @@ def test_all_rows_beside_complete_ones(tmp_path: Path) -> None:
     write_rows(readme, tmp_path)
     assert "recall@10" in readme.read_text()
     assert "old" not in readme.read_text()
+
+
+def test_teachers_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    def evaluation(quality: float) -> dict[str, Any]:
+        found = {"rows": 50, "map": quality, "chance": 0.1, "f1": 0.3, "f1_chance": 0.2}
+        retrieval = {"photo": {"caption": {"rows": 40, "recall@1": 0.0, "recall@10": 0.5}}}
+        return {
+            "attributes": {"traits": {"photo": found}},
+            "retrieval": retrieval,
+            "probe": {"photo": 0.7},
+            "refinement": {"elbo_joint": -100 * quality, "elbo_before": -200.0},
+            "training": {"seconds": 60},
+        }
+
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- features -->\nold\n<!-- /features -->\n")
+    write_teachers(readme, tmp_path)
+    assert "old" in readme.read_text()
+    for seed, (refined, plain) in enumerate([(0.5, 0.3), (0.7, 0.6)]):
+        (tmp_path / f"refined-{seed}.json").write_text(json.dumps(evaluation(refined)))
+        (tmp_path / f"plain-{seed}.json").write_text(json.dumps(evaluation(plain)))
+    write_teachers(readme, tmp_path)
+    told = readme.read_text()
+    row = "| traits from photo, mean average precision (by chance 0.100) | 0.600 ± 0.141 | 0.450 ± 0.212 | +0.150 ± 0.071 |"
+    assert row in told
+    assert "| ELBO of the joint posterior, weighted nats | -60.0 ± 14.1 | -45.0 ± 21.2 | -15.0 ± 7.1 |" in told
+    assert "| caption by photo, recall@10 (by chance 0.250) | 0.500 ± 0.000 | 0.500 ± 0.000 | +0.000 ± 0.000 |" in told
+    assert "2 seeds each" in told
