@@ -43,6 +43,9 @@ def main(
     began = time.monotonic()
     for peer in PEERS:
         peer.python()
+    if plan.scaling:
+        with _step("bundles"):
+            scaling.prepare()
     content: dict[str, Any] = {"command": f"make bench{' QUICK=1' if quick else ''}", "machine": machine()}
     with _step("answers"):
         content["largest_difference"] = alike()
@@ -56,14 +59,18 @@ def main(
         with _step("scaling"):
             content["scaling"] = scaling.measure(plan)
     content["minutes"] = round((time.monotonic() - began) / 60, 1)
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / ("quick.json" if quick else "latest.json")
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    _write(content, quick)
     if not quick:
         picture = scaling.draw(content["scaling"], RESULTS)
         content["figures"] = {"throughput and memory": picture.relative_to(ROOT).as_posix()}
         report.write(ROOT / "README.md", content)
     print(report.section(content))
+
+
+def _write(content: dict[str, Any], quick: bool) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / ("quick.json" if quick else "latest.json")
+    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def alike() -> float:

@@ -34,6 +34,14 @@ def measure(plan: Plan) -> Points:
     }
 
 
+def prepare() -> None:
+    """Make the bundles that are measured, before half an hour is spent on the rest."""
+    for latent in LATENTS:
+        _untrained(latent=latent, modalities=3)
+    for count in MODALITIES:
+        _untrained(latent=32, modalities=count)
+
+
 def draw(points: Points, folder: Path) -> Path:
     """A picture of all of it."""
     import matplotlib as mpl  # noqa: PLC0415 - slow to import

@@ -11,14 +11,15 @@ from model.vae.multimodal import MultimodalVAE
 from tests.server import ROOT
 from training import config
 
+# Pictures are Gaussian: where random weights meet a pixel, the slope of a Laplace likelihood turns with the last bit.
 MODALITIES: tuple[Modality, ...] = (
     ImageModality(name="digit", channels=1, height=28, width=28, likelihood="bernoulli"),
-    ImageModality(name="photo", channels=3, height=32, width=32),
+    ImageModality(name="photo", channels=3, height=32, width=32, likelihood="gaussian"),
     TextModality(name="word", length=8, alphabet=" abcdefghijklmnopqrstuvwxyz"),
     VectorModality(name="sensor", size=16, mean=(0.0,) * 16, std=(1.0,) * 16),
     BinaryModality(name="attributes", attributes=tuple(f"a{number}" for number in range(40))),
     CategoricalModality(name="species", classes=tuple(f"c{number}" for number in range(10))),
-    ImageModality(name="scan", channels=1, height=32, width=32),
+    ImageModality(name="scan", channels=1, height=32, width=32, likelihood="gaussian"),
     TextModality(name="note", length=16, alphabet=" abcdefghijklmnopqrstuvwxyz"),
 )
 ROWS = 9
