@@ -11,11 +11,16 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-PRESENT, NOISE = "present", "noise"
+from model.skipping import PRESENT, origins_of
+
+NOISE = "noise"
+MOST_BYTES = 1 << 30
+"""Of weights that move into a graph: Protocol Buffers hold twice that."""
 
 
 def branch_absent(content: bytes, weights: bytes, modalities: Sequence[str]) -> bytes:
-    """The same function of the same inputs. A graph whose modalities cannot be told apart comes back as it was.
+    """The same function of the same inputs. A graph whose modalities cannot be told apart, or with more than ``MOST_BYTES`` of
+    weights, comes back as it was.
 
     Args:
         content: an ONNX graph with an input for each modality, ``present`` (batch, modality) and ``noise`` (batch, sample,
@@ -24,6 +29,8 @@ def branch_absent(content: bytes, weights: bytes, modalities: Sequence[str]) -> 
             branch from nowhere else.
         modalities: their names, in the order of the columns of ``present``.
     """
+    if len(weights) > MOST_BYTES:
+        return content
     model = onnx.load_model_from_string(content)
     graph = model.graph
     shapes = _shapes(model)
@@ -95,12 +102,10 @@ def _measure_noise_instead(graph: onnx.GraphProto, shapes: Mapping[str, list[str
 
 def _parts(graph: onnx.GraphProto, modalities: Sequence[str]) -> dict[int, str]:
     """The modality that a node, by its index, serves alone: what is computed from it, and what only that reads."""
-    origins = {value.name: frozenset([value.name]) & frozenset(modalities) for value in graph.input}
+    origins = {tensor: found & frozenset(modalities) for tensor, found in origins_of(graph).items()}
     parts: dict[int, str] = {}
     for index, node in enumerate(graph.node):
-        found = frozenset().union(*(origins.get(name, frozenset()) for name in node.input))
-        origins.update(dict.fromkeys(node.output, found))
-        if len(found) == 1:
+        if len(found := origins[node.output[0]]) == 1:
             (parts[index],) = found
     readers = _readers(graph)
     for index, node in reversed(list(enumerate(graph.node))):

@@ -165,7 +165,8 @@ class Runtime:
     def _open(
         self, name: str, options: onnxruntime.SessionOptions, for_cpu: Callable[[bytes], bytes] = lambda graph: graph
     ) -> onnxruntime.InferenceSession:
-        """
+        """A session of one graph.
+
         Args:
             for_cpu: changes the graph. Not on a GPU, which what depends on the data would hold up.
         """

@@ -23,7 +23,7 @@ def skip_absent(content: bytes, modalities: Sequence[str]) -> bytes:
     """
     model = onnx.load_model_from_string(content)
     graph = model.graph
-    origins = _origins(graph)
+    origins = origins_of(graph)
     ends = {name: _end(graph, origins, name) for name in modalities}
     inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
     shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim][1:] for value in inferred}
@@ -75,7 +75,7 @@ def _put_back(name: str, end: str) -> list[onnx.NodeProto]:
     ]
 
 
-def _origins(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
+def origins_of(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:
     """The graph's inputs that each tensor is computed from."""
     origins = {value.name: frozenset([value.name]) for value in graph.input}
     for node in graph.node:

@@ -60,6 +60,8 @@ class Row:
     """Set when the row leaves; None only for abandoned rows."""
     mean: np.ndarray = field(init=False)
     log_var: np.ndarray = field(init=False)
+    subset: tuple[str, ...] = ()
+    """Whose rows it refines with: its modalities, where that matters."""
     ascent: Ascent | None = None
     refinement: Refinement | None = None
     generated: dict[str, np.ndarray] = field(default_factory=dict)
@@ -69,9 +71,9 @@ class Row:
 class Scheduler:
     """Rows between the queue and their outcomes. For one thread.
 
-    Rows without refinement leave in the call that admitted them. The others take one step in each ``step``, whichever rows are
-    active together, so that a long refinement never holds back a short one. While rows without refinement come, so few take a
-    step together that it is short. No answer depends on a row's neighbours.
+    Rows without refinement leave in the call that admitted them. The others take their steps in turns, so that a long
+    refinement never holds back a short one: on a CPU with rows of the same modalities, for a graph passes over those that no
+    row has, and while rows without refinement come with so few that the step is short. No answer depends on a row's neighbours.
 
     Args:
         max_batch: rows in one run of a graph, where memory allows.
@@ -118,6 +120,7 @@ class Scheduler:
         for row in encoded:
             if row.work.refine.steps > 0:
                 row.ascent = self._begin(row, now)
+                row.subset = tuple(row.work.row) if self._runtime.device == "cpu" else ()
                 self._active.append(row)
             else:
                 unrefined.append(row)
@@ -125,16 +128,16 @@ class Scheduler:
         return left + self._finish(unrefined)
 
     def step(self) -> list[Row]:
-        """One refinement step of the row that waited longest for its own, and of others.
+        """One refinement step of the row that waited longest for its own, and of those that take theirs with it.
 
         Returns:
             the rows that are finished, failed or not.
         """
         began = monotonic()
-        turn, subset = self._turn(began)
+        turn = self._turn(began)
         stepped, left = self._isolate("refine", self._refine, turn)
         if turn:
-            self._learn(subset, len(turn), monotonic() - began)
+            self._learn(turn[0].subset, len(turn), monotonic() - began)
         done = []
         for row in stepped:
             if row.refinement is None:
@@ -144,27 +147,23 @@ class Scheduler:
                 done.append(row)
         return left + self._finish(done)
 
-    def _turn(self, now: float) -> tuple[list[Row], tuple[str, ...]]:
-        """The rows whose turn it is, and what they have in common. On a CPU that is their modalities: a graph passes over those
-        that no row has."""
+    def _turn(self, now: float) -> list[Row]:
+        """The row that waited longest for its step, and those of its subset that take theirs with it."""
         self._active = deque(row for row in self._active if not row.abandoned)
         if not self._active:
-            return [], ()
-        subset = self._kind(self._active[0])
-        limit = self.max_batch
+            return []
+        subset, limit = self._active[0].subset, self.max_batch
         if now < self._hurried_until and self._runtime.device == "cpu":
             limit = min(limit, self._quick.get(subset, 1))
         turn: list[Row] = []
         others: deque[Row] = deque()
         for row in self._active:
-            (turn if len(turn) < limit and self._kind(row) == subset else others).append(row)
+            (turn if len(turn) < limit and row.subset == subset else others).append(row)
         self._active = others
-        return turn, subset
-
-    def _kind(self, row: Row) -> tuple[str, ...]:
-        return tuple(row.work.row) if self._runtime.device == "cpu" else ()
+        return turn
 
     def _learn(self, subset: tuple[str, ...], rows: int, seconds: float) -> None:
+        """How many rows of a subset take a step in TICK_SECONDS, from how long so many took."""
         if seconds > TICK_SECONDS:
             self._quick[subset] = max(1, int(rows * TICK_SECONDS / seconds))
         elif rows >= self._quick.get(subset, 1) and seconds < TICK_SECONDS / 2:

@@ -124,6 +124,9 @@ def fit(
     folder: Folder = None,
     out: Out = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run's folder first, and start over.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Instead of the configuration's; give such a run a folder of its own.")
+    ] = None,
 ) -> None:
     """Train all stages, then evaluate.
 
@@ -136,6 +139,8 @@ def fit(
     not fit into memory goes through in passes: accumulate = 4 in the configuration's stage.
     """
     settings = config.load(configuration)
+    if seed is not None:
+        settings = settings.model_copy(update={"seed": seed})
     path = out or Path("runs") / settings.name
     with parallel.team() as team:
         team.check(settings)

@@ -52,19 +52,15 @@ Place = Annotated[Annotated[str, Tag("Path")] | Annotated[Hub, Tag("Hub")], Disc
 """A Parquet file, a folder with one folder of images a class, or a data set on the hub. Paths start in the data folder."""
 
 
-def _absent(value: object) -> bool:
-    return value is None
-
-
 class Source(_Table):
     """One table of rows, and which of its columns hold which modalities."""
 
     train: Place
-    test: Place | None = Field(default=None, exclude_if=_absent)
+    test: Place | None = Field(default=None)
     """None: ``train`` holds both, and ``split`` or ``held_out`` parts them."""
-    split: str | None = Field(default=None, exclude_if=_absent)
+    split: str | None = Field(default=None)
     """Column that says "train" or "test" of each row."""
-    held_out: float | None = Field(default=None, gt=0, le=0.5, exclude_if=_absent)
+    held_out: float | None = Field(default=None, gt=0, le=0.5)
     """Share of the rows that are tested on and not trained on, drawn once and for all."""
     columns: dict[str, str | tuple[str, ...]] = Field(min_length=1)
     """Modality name -> column name; several columns of single numbers make up one vector or one set of attributes."""
@@ -92,19 +88,19 @@ class Data(_Table):
     """row: the rows of the one source. class: rows of the first source, each with random rows of the others of its class."""
     random_offset: tuple[str, ...] = ()
     """Text modalities placed at random inside their length, anew each epoch."""
-    random_flip: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
+    random_flip: tuple[str, ...] = Field(default=())
     """Image modalities mirrored left to right in half of the rows, drawn anew each epoch."""
-    random_shift: dict[str, PositiveInt] = Field(default={}, exclude_if=lambda shifts: not shifts)
+    random_shift: dict[str, PositiveInt] = Field(default={})
     """Image modalities moved by up to so many pixels in each direction, drawn anew each epoch."""
-    rows: Literal["all", "complete"] = Field(default="all", exclude_if=lambda which: which == "all")
+    rows: Literal["all", "complete"] = Field(default="all")
     """Training rows: all with what each has, or only those that lack nothing. All test rows are tested on either way."""
     class_names: tuple[str, ...] | None = None
     """In the order of the label numbers. None: the names that the sources give."""
     rows_per_epoch: PositiveInt | None = None
     """Training rows an epoch takes, drawn anew each time. None: all."""
-    bad_values: Literal["fail", "absent"] = Field(default="fail", exclude_if=lambda answer: answer == "fail")
+    bad_values: Literal["fail", "absent"] = Field(default="fail")
     """A value that cannot be read ends the run before it begins, or counts as absent, with a warning."""
-    max_vocabulary: PositiveInt = Field(default=2000, exclude_if=lambda size: size == 2000)
+    max_vocabulary: PositiveInt = Field(default=2000)
     """Words that a text learns at most, the most frequent ones."""
     memory_mb: PositiveInt = MOST_BYTES >> 20
     """Decoded values of one modality that take more lie in a file in ``TMPDIR``, and training reads its batches from there."""
@@ -137,10 +133,10 @@ class Stage(_Table):
     batch_size: PositiveInt = 256
     learning_rate: PositiveFloat = 1e-3
     """Highest of the stage: it rises over the first steps and falls to zero along a cosine."""
-    weight_decay: float = Field(default=0, ge=0, exclude_if=lambda decay: decay == 0)
+    weight_decay: float = Field(default=0, ge=0)
     """Share of every weight lost a step, times the learning rate (Loshchilov & Hutter 2019): for few rows, against learning
     them by heart."""
-    accumulate: PositiveInt = Field(default=1, exclude_if=lambda passes: passes == 1)
+    accumulate: PositiveInt = Field(default=1)
     """Passes that a batch is shared between, one after the other, where it does not fit into memory at once."""
 
 
@@ -182,8 +178,8 @@ class Config(_Table):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     version: str = Field(default="1", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")
-    model: Model = Field(default="concord", exclude_if=lambda model: model == "concord")
-    """Ours, or a rival on the same terms (``baselines``). Ours is left out of what is hashed: older runs keep their hash."""
+    model: Model = Field(default="concord")
+    """Ours, or a rival on the same terms (``baselines``)."""
     seed: NonNegativeInt = 0
     threads: PositiveInt | None = None
     """Of PyTorch. None: as many as the process may use cores. Other numbers of threads round otherwise."""

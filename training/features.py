@@ -38,6 +38,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Default: <file>-features.parquet, beside it.")] = None,
 ) -> None:
     """Write the file again, with vectors in these columns."""
+    if image is None and text is None:
+        raise SystemExit("error: name a column with --image, --text, or both")
     try:
         rows = open_place(file.name, file.parent).with_format("arrow")
     except DataError as error:

@@ -22,7 +22,7 @@ from tests.benchmarks import inside, report, scaling
 from tests.benchmarks.contestants import ALL, OURS, PEERS, PLAIN, Contestant
 from tests.benchmarks.plan import CONNECTIONS, FULL, QUICK, Plan
 from tests.benchmarks.process import GENERATOR_CORE, SERVER_CORE
-from tests.benchmarks.rounds import assert_alike, measure, saturate
+from tests.benchmarks.rounds import assert_alike, measure, measure_alone, saturate
 from tests.benchmarks.samples import pictures, words
 from tests.server import ROOT
 from tests.traffic import Connections
@@ -50,27 +50,23 @@ def main(
     with _step("answers"):
         content["largest_difference"] = alike()
     with _step("variants"):
-        chosen, content["variants"] = tune(plan)
-    content["chosen"] = chosen
-    content["rounds"] = compare(plan, chosen)
+        chosen, alone, content["variants"] = tune(plan)
+    content["chosen"], content["chosen_for_one"] = chosen, alone
+    content["rounds"] = compare(plan, chosen, alone)
     with _step("inside"):
         content["inside"] = inside.measure(plan)
     if plan.scaling:
         with _step("scaling"):
             content["scaling"] = scaling.measure(plan)
     content["minutes"] = round((time.monotonic() - began) / 60, 1)
-    _write(content, quick)
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / ("quick.json" if quick else "latest.json")
+    file.write_text(json.dumps(content, indent=1) + "\n")
     if not quick:
         picture = scaling.draw(content["scaling"], RESULTS)
         content["figures"] = {"throughput and memory": picture.relative_to(ROOT).as_posix()}
         report.write(ROOT / "README.md", content)
     print(report.section(content))
-
-
-def _write(content: dict[str, Any], quick: bool) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / ("quick.json" if quick else "latest.json")
-    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def alike() -> float:
@@ -80,12 +76,14 @@ def alike() -> float:
         return uvloop.run(assert_alike(up, [*pictures()[:4], *words()[:2]]))
 
 
-def tune(plan: Plan) -> tuple[Variants, dict[str, list[dict[str, Any]]]]:
-    """The variant of each contestant with the best geometric mean of its throughputs, and all that were tried."""
+def tune(plan: Plan) -> tuple[Variants, Variants, dict[str, list[dict[str, Any]]]]:
+    """The variant of each contestant with the best geometric mean of its throughputs at several connections, that with the best
+    at one among those that batch, if any does, and all that were tried."""
     chosen: Variants = {one.name: dict(one.variants[0]) for one in ALL}
+    alone = dict(chosen)
     tried: dict[str, list[dict[str, Any]]] = {}
     if not plan.tune:
-        return chosen, tried
+        return chosen, alone, tried
     for one in (*PEERS, PLAIN):
         tried[one.name] = []
         for variant in one.variants:
@@ -93,8 +91,10 @@ def tune(plan: Plan) -> tuple[Variants, dict[str, list[dict[str, Any]]]]:
                 rates = uvloop.run(_saturate(one, process.port, plan.tune))
             tried[one.name].append({"variant": dict(variant), **{name: round(rate, 1) for name, rate in rates.items()}})
         best = max(tried[one.name], key=lambda found: float.__mul__(*[found[f"rps_{n}"] for n in CONNECTIONS[1:]]))
+        batching = [found for found in tried[one.name] if int(found["variant"].get("BATCH", "2")) > 1]
         chosen[one.name] = best["variant"]
-    return chosen, tried
+        alone[one.name] = max(batching, key=lambda found: float(found["rps_1"]))["variant"]
+    return chosen, alone, tried
 
 
 async def _saturate(contestant: Contestant, port: int, seconds: float) -> dict[str, float]:
@@ -104,14 +104,20 @@ async def _saturate(contestant: Contestant, port: int, seconds: float) -> dict[s
         return await saturate(connections, requests, seconds)
 
 
-def compare(plan: Plan, chosen: Variants) -> dict[str, list[dict[str, float]]]:
-    """The figures of each contestant in each round; who goes first changes from round to round."""
+def compare(plan: Plan, chosen: Variants, alone: Variants) -> dict[str, list[dict[str, float]]]:
+    """The figures of each contestant in each round; who goes first changes from round to round. Those at one connection are of
+    the variant that is best there."""
     rounds: dict[str, list[dict[str, float]]] = {one.name: [] for one in ALL}
     for number in range(plan.rounds):
         shift = number % len(ALL)
         for one in ALL[shift:] + ALL[:shift]:
-            with _step(f"round {number + 1}: {one.title}"), one.running(chosen[one.name]) as process:
-                rounds[one.name].append(uvloop.run(measure(one, process, plan, pictures(), words())))
+            with _step(f"round {number + 1}: {one.title}"):
+                with one.running(chosen[one.name]) as process:
+                    found = uvloop.run(measure(one, process, plan, pictures(), words()))
+                if alone[one.name] != chosen[one.name]:
+                    with one.running(alone[one.name]) as process:
+                        found |= uvloop.run(measure_alone(one, process, plan, pictures()))
+                rounds[one.name].append(found)
     return rounds
 
 

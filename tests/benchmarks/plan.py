@@ -33,5 +33,5 @@ class Plan:
 CONNECTIONS = (1, 16, 64)
 LIMIT_MS = 50
 """What goodput allows the 99th percentile."""
-FULL = Plan(rounds=5, warm=0.7, closed=1.5, paced=2.5, probe=1.2, rates=(100, 400, 1000), tune=1.0, repeats=3, scaling=0.5)
+FULL = Plan(rounds=5, warm=1.0, closed=1.5, paced=3.0, probe=1.5, rates=(100, 400, 1000), tune=2.5, repeats=5, scaling=0.5)
 QUICK = Plan(rounds=1, warm=0.5, closed=1.0, paced=1.5, probe=1.0, rates=(100, 400, 1000), tune=0, repeats=1, scaling=0)

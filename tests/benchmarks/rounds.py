@@ -28,7 +28,6 @@ async def measure(
         generator, began = time.process_time(), time.monotonic()
         figures |= await saturate(connections, requests, plan.closed)
         figures["p50_1_ms"] = quantiles(await in_turn(connections, requests, plan.closed))["p50"]
-        figures["word_p50_1_ms"] = quantiles(await in_turn(connections, contestant.requests(words), plan.closed))["p50"]
         for clients in CONNECTIONS[1:]:
             figures[f"word_rps_{clients}"] = await closed(connections, contestant.requests(words), clients, plan.closed)
         figures["cpu_s_per_1000"] = await _cpu(connections, process, requests, plan.closed)
@@ -39,6 +38,15 @@ async def measure(
             figures["goodput_rps"] = await goodput(connections, requests, figures[f"rps_{CONNECTIONS[-1]}"], plan.probe)
         figures["resident_mb"] = process.resident_bytes() / 2**20
     return figures
+
+
+async def measure_alone(contestant: Contestant, process: Process, plan: Plan, pictures: Sequence[Item]) -> Figures:
+    """What ``measure`` tells of one connection."""
+    requests = contestant.requests(pictures)
+    async with Connections(process.port) as connections:
+        await in_turn(connections, requests, plan.warm)
+        rate = await closed(connections, requests, 1, plan.closed)
+        return {"rps_1": rate, "p50_1_ms": quantiles(await in_turn(connections, requests, plan.closed))["p50"]}
 
 
 async def saturate(connections: Connections, requests: Sequence[bytes], seconds: float) -> Figures:

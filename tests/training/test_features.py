@@ -57,6 +57,7 @@ def test_a_column_that_is_not_there_is_told_of(file: Path) -> None:
     assert done.returncode == 1
     assert "no column 'picture'. Its columns are photo, texts, label" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "name a column with --image, --text, or both" in run(file).stderr
     missing = run(file.with_name("other.parquet"), "--image", "photo")
     assert (missing.returncode, "no such file" in missing.stderr) == (1, True)
 

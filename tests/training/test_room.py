@@ -1,6 +1,7 @@
 """Data larger than the memory it may take: the same batches, from a file."""
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,18 @@ def test_what_is_too_much_for_memory_lies_in_a_file_of_no_name(folder: Path) -> 
         values[3] = 7
         assert values.sum() == 7 * values.shape[1]
     del values, large
+    assert mapped_bytes(folder) == 0
+
+
+def test_a_disk_without_room_is_told_of_before_anything_is_written(folder: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"has no room for 4,000,000 bytes .* TMPDIR, or raise data\.memory_mb"):
+            room((1000, 1000), np.float32, most_bytes=200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(folder.iterdir()) == []
     assert mapped_bytes(folder) == 0
 
 
