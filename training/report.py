@@ -136,7 +136,9 @@ def teachers_table(refined: Sequence[Mapping[str, Any]], plain: Sequence[Mapping
         cells = [_spread([pair[0] for pair in pairs], form), _spread([pair[1] for pair in pairs], form)]
         lines.append(f"| {title} | {' | '.join(cells)} | {_spread([a - b for a, b in pairs], form.replace(':', ':+'))} |")
     seconds = [one["training"]["seconds"] for one in (*refined, *plain)]
-    return "\n".join([*lines, "", f"{len(refined)} seeds each; a training took {statistics.median(seconds):.0f} seconds, in the median."])
+    return "\n".join(
+        [*lines, "", f"{len(refined)} seeds each; a training took {statistics.median(seconds):.0f} seconds, in the median."]
+    )
 
 
 def _spread(values: Sequence[float], form: str) -> str:
