@@ -50,12 +50,13 @@ def make_vae() -> MakeVAE:
 
     from model.vae.multimodal import MultimodalVAE
 
-    def make_vae(modalities: Sequence[Modality], *, width: int = 8, beta: float = 2.0) -> MultimodalVAE:
+    def make_vae(modalities: Sequence[Modality], *, width: int = 8, beta: float = 2.0, **options: Any) -> MultimodalVAE:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            vae = MultimodalVAE(modalities, latent=6, features=17, hidden=25, width=width, beta=beta)
-            for zeros in (vae.refiner.rates[-1].weight, vae.joint.absent, vae.aligned.absent):
-                torch.nn.init.normal_(zeros, std=0.2)
+            vae = MultimodalVAE(modalities, latent=6, features=17, hidden=25, width=width, beta=beta, **options)
+            for name, weight in vae.named_parameters():
+                if name == "refiner.rates.4.weight" or name.endswith(".absent"):
+                    torch.nn.init.normal_(weight, std=0.2)
         return vae.eval().requires_grad_(False)
 
     return make_vae

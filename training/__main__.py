@@ -34,6 +34,7 @@ from training.measure import generation
 from training.metrics.judge import judges
 from training.progress import Progress
 from training.report import write_comparisons, write_results, write_rows, write_teachers
+from training.scores import name_of
 from training.sources import open_place
 
 app = typer.Typer(
@@ -205,7 +206,8 @@ def report(
     write_results(readme, read(bundle or builtin(DEFAULT_BUNDLE)).manifest)
     write_rows(readme, results / "birds")
     write_teachers(readme, results / "birds-features")
-    for chart in write_comparisons(readme, results):
+    charts = write_comparisons(readme, results) + write_comparisons(readme, results / "ablations", "ablations")
+    for chart in charts:
         print(chart)
 
 
@@ -213,6 +215,9 @@ def report(
 @_explained
 def compare(
     configuration: Configuration,
+    variants: Annotated[
+        list[Path] | None, typer.Argument(metavar="[VARIANT]...", help="Configurations that differ in how they are trained.")
+    ] = None,
     models: Annotated[str, typer.Option(help="Models, joined by commas.")] = ",".join(get_args(config.Model)),
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
     rows_per_epoch: Annotated[
@@ -223,16 +228,20 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Where the runs live. Default: runs/compare-<name>.")] = None,
     results: Annotated[Path, typer.Option(help="Where the results file goes.")] = RESULTS,
 ) -> None:
-    """Train and measure several models over several seeds on equal terms, and write one results file.
+    """Train and measure several models, and variants of a configuration, over several seeds on equal terms, and write one
+    results file.
 
     Every run continues where it stopped, and is not run again once it is measured. `report` shows the results.
     """
-    plan = Plan(config.load(configuration), _models(models), _seeds(seeds), rows_per_epoch, test_rows)
-    typed = f"python -m training compare {configuration} --models {models} --seeds {seeds} --test-rows {test_rows}"
+    others = variants or []
+    settings, varied = config.load(configuration), [config.load(other) for other in others]
+    plan = Plan(settings, _models(models), _seeds(seeds), rows_per_epoch, test_rows, varied)
+    files = " ".join(map(str, [configuration, *others]))
+    typed = f"python -m training compare {files} --models {models} --seeds {seeds} --test-rows {test_rows}"
     typed += f" --rows-per-epoch {rows_per_epoch}" if rows_per_epoch else ""
     content = run_comparison(plan, folder, out or Path("runs") / f"compare-{plan.name}", results, typed, Progress())
     for row in content["rows"]:
-        print(f"{row['model']}, seed {row['seed']}: {row['status']}{': ' + row['error'] if row.get('error') else ''}")
+        print(f"{name_of(row)}, seed {row['seed']}: {row['status']}{': ' + row['error'] if row.get('error') else ''}")
     print(f"{results / plan.name}.json")
 
 

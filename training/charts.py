@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from training.scores import TITLES, average, finished
+from training.scores import average, finished, title_of
 
 SCORES = {
     "probe": "linear probe,\none modality",
@@ -38,7 +38,7 @@ def _scores(content: Mapping[str, Any]) -> Figure:
     for index, (model, rows) in enumerate(models):
         found = [average(rows, score) for score in SCORES]
         places = [place + (index - (len(models) - 1) / 2) * width for place in range(len(SCORES))]
-        axes.bar(places, [mean or 0 for mean, _ in found], width, yerr=[std or 0 for _, std in found], label=TITLES[model])
+        axes.bar(places, [mean or 0 for mean, _ in found], width, yerr=[std or 0 for _, std in found], label=title_of(model))
     axes.set_xticks(range(len(SCORES)), list(SCORES.values()))
     axes.set_ylim(0, 1)
     axes.set_ylabel("accuracy")

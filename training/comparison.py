@@ -1,4 +1,5 @@
-"""The comparison of models over seeds: every run in a process of its own, one row of results for each, resumable.
+"""The comparison of models, and of variants of a configuration, over seeds: every run in a process of its own, one row of
+results for each, resumable.
 
 A row that failed says why, one that was not run yet says so; neither stops the others. Rows are kept in the runs' folders, the
 results file is rewritten after every row.
@@ -27,6 +28,7 @@ from training.measure import measure
 from training.metrics import frechet
 from training.metrics.judge import judges
 from training.progress import Progress
+from training.scores import name_of
 
 ROW, FAILURE, GRID = "row.json", "failure.txt", "grid.png"
 FIGURES = (
@@ -53,13 +55,43 @@ class Plan(NamedTuple):
     rows_per_epoch: int | None
     """A reduced budget of updates, the same for all. None: the configuration's."""
     test_rows: int
+    variants: Sequence[Config] = ()
+    """Configurations that differ in how the model is trained: rows of their own names beside the models'."""
 
-    def settings(self, model: Model, seed: int) -> Config:
-        """The configuration of one run."""
-        changes: dict[str, Any] = {"model": model, "seed": seed}
+    def settings(self, name: str, seed: int) -> Config:
+        """The configuration of one run, of a model or a variant."""
+        variant = next((variant for variant in self.variants if variant.name == name), None)
+        changes: dict[str, Any] = {"seed": seed} if variant else {"model": name, "seed": seed}
         if self.rows_per_epoch is not None:
             changes["data"] = self.config.data.model_copy(update={"rows_per_epoch": self.rows_per_epoch})
-        return self.config.model_copy(update=changes)
+        return (variant or self.config).model_copy(update=changes)
+
+    def head(self, name: str, seed: int) -> dict[str, Any]:
+        """What a row says of itself before it is run."""
+        told: dict[str, Any] = {"model": self.settings(name, seed).model, "seed": seed}
+        return {"variant": name, **told} if name in self.names[len(self.models) :] else told
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models, then of the variants."""
+        return [*self.models, *(variant.name for variant in self.variants)]
+
+    def check(self) -> None:
+        """Variants must be told apart, and be judged on equal terms.
+
+        Raises:
+            ConfigError: two rows would have the same name, or a variant has other data, modalities or epochs.
+        """
+        if len(set(self.names)) < len(self.names):
+            raise ConfigError(f"each row needs a name of its own, received {', '.join(self.names)}")
+        for variant in self.variants:
+            for what in ("modalities", "data"):
+                if getattr(variant, what) != getattr(self.config, what):
+                    raise ConfigError(f"{variant.name}: its {what} are not those of {self.config.name}: compare it on its own")
+            if (epochs := epochs_of(variant)) != epochs_of(self.config):
+                raise ConfigError(
+                    f"{variant.name}: trains {epochs} epochs, {self.config.name} {epochs_of(self.config)}: equalise them"
+                )
 
     @property
     def name(self) -> str:
@@ -67,12 +99,17 @@ class Plan(NamedTuple):
         return self.config.name + (f"-{self.rows_per_epoch}" if self.rows_per_epoch is not None else "")
 
 
+def epochs_of(config: Config) -> int:
+    """Of all stages."""
+    return config.joint.epochs + config.refiner.epochs + config.align.epochs
+
+
 def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: str, progress: Progress) -> dict[str, Any]:
     """Run what is missing and write ``results``/<name>.json; returns its content.
 
-    ``rows`` has one entry a model and seed, with ``status`` done, failed (and ``error``) or missing; ``models`` the mean and
-    the standard deviation of the figures over the seeds that are done, of one seed no deviation. Rows of other models and seeds
-    stay where configuration, budget and number of test rows are the same.
+    ``rows`` has one entry a model or variant and seed, with ``status`` done, failed (and ``error``) or missing; ``models`` the
+    mean and the standard deviation of the figures over the seeds that are done, of one seed no deviation. Other rows stay
+    where configuration, budget and number of test rows are the same.
 
     Args:
         folder: of the data, see ``data.load``.
@@ -80,8 +117,9 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
         command: as typed, for the record.
 
     Raises:
-        ConfigError: the judges could not be fitted.
+        ConfigError: the judges could not be fitted, or ``Plan.check`` fails.
     """
+    plan.check()
     file = results / f"{plan.name}.json"
     head = {
         "name": plan.name,
@@ -90,22 +128,22 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
         "config_sha256": plan.settings("concord", plan.config.seed).sha256,
         "budget": {
             "rows_per_epoch": plan.rows_per_epoch or plan.config.data.rows_per_epoch,
-            "epochs": plan.config.joint.epochs + plan.config.refiner.epochs + plan.config.align.epochs,
+            "epochs": epochs_of(plan.config),
             "reduced": plan.rows_per_epoch is not None,
         },
         "test_rows": plan.test_rows,
         "frechet_features": frechet.FEATURES,
     }
     rows = _kept(file, head)
-    asked = [(model, seed) for seed, model in itertools.product(plan.seeds, plan.models)]
-    for model, seed in asked:
-        rows[model, seed] = {"model": model, "seed": seed, "status": "missing"}
+    asked = [(name, seed) for seed, name in itertools.product(plan.seeds, plan.names)]
+    for name, seed in asked:
+        rows[name, seed] = {**plan.head(name, seed), "status": "missing"}
     images = [out / f"judge-{m.name}.pt" for m in plan.config.modalities if isinstance(m, ImageModality)]
     if not all(file.exists() for file in images) and (error := _isolated(_fit_judges, out, plan.config, folder)):
         raise ConfigError(f"the judges could not be fitted: {error}")
-    for done, (model, seed) in enumerate(asked, start=1):
-        progress.say(f"{model}, seed {seed}: {done} of {len(asked)}")
-        rows[model, seed] = _row(plan, model, seed, folder, out)
+    for done, (name, seed) in enumerate(asked, start=1):
+        progress.say(f"{name}, seed {seed}: {done} of {len(asked)}")
+        rows[name, seed] = {**_row(plan, name, seed, folder, out), **plan.head(name, seed)}
         content = {**head, "data": _data(rows.values()), "rows": list(rows.values()), "models": summary(list(rows.values()))}
         results.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(content, indent=1) + "\n")
@@ -114,13 +152,13 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """{model: {seeds, mean, std}} over the rows that are done."""
+    """{model or variant: {seeds, mean, std}} over the rows that are done."""
     found: dict[str, Any] = {}
-    for model in dict.fromkeys(row["model"] for row in rows):
-        figures = [{key: row.get(key) for key in FIGURES} for row in rows if row["model"] == model and row["status"] == "done"]
+    for name in dict.fromkeys(map(name_of, rows)):
+        figures = [{key: row.get(key) for key in FIGURES} for row in rows if name_of(row) == name and row["status"] == "done"]
         if figures:
             spread = _aggregate(figures, lambda v: statistics.stdev(v) if len(v) > 1 else None)
-            found[model] = {"seeds": len(figures), "mean": _aggregate(figures, statistics.fmean), "std": spread}
+            found[name] = {"seeds": len(figures), "mean": _aggregate(figures, statistics.fmean), "std": spread}
     return found
 
 
@@ -139,7 +177,7 @@ def _kept(file: Path, head: Mapping[str, Any]) -> dict[tuple[str, int], dict[str
         return {}
     content = json.loads(file.read_text())
     same = all(content.get(key) == head[key] for key in ("config_sha256", "budget", "test_rows"))
-    return {(row["model"], row["seed"]): row for row in content["rows"]} if same else {}
+    return {(name_of(row), row["seed"]): row for row in content["rows"]} if same else {}
 
 
 def _publish_grids(plan: Plan, out: Path, results: Path) -> None:
@@ -159,8 +197,8 @@ def _data(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _row(plan: Plan, model: Model, seed: int, folder: Path | None, out: Path) -> dict[str, Any]:
-    settings, path = plan.settings(model, seed), out / f"{model}-{seed}"
+def _row(plan: Plan, name: str, seed: int, folder: Path | None, out: Path) -> dict[str, Any]:
+    settings, path = plan.settings(name, seed), out / f"{name}-{seed}"
     file = path / ROW
     told = {"config_sha256": settings.sha256, "test_rows": plan.test_rows}
     if file.exists():
@@ -168,7 +206,7 @@ def _row(plan: Plan, model: Model, seed: int, folder: Path | None, out: Path) ->
         if all(row[key] == value for key, value in told.items()):
             return row
     if error := _isolated(_run, path, settings, folder, out, plan.test_rows):
-        return {"model": model, "seed": seed, "status": "failed", "error": error}
+        return {"status": "failed", "error": error}
     return dict(json.loads(file.read_text()))
 
 

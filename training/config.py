@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from model.modality import ImageModality, Modality, TextModality
+from model.vae.posterior import Fusion
 from training.room import MOST_BYTES
 
 
@@ -119,6 +120,8 @@ class Network(_Table):
     features: PositiveInt = 256
     width: PositiveInt = 32
     hidden: PositiveInt = 512
+    fusion: Fusion = "set"
+    """Of the aligned encoder of ``concord``. set: one network for every subset. product: of an expert for each modality."""
 
 
 class Objective(_Table):
@@ -159,6 +162,9 @@ class Refiner(Stage):
     """The same in the bundle, where fewer rows can pay for steadier steps."""
 
 
+Divergence = Literal["forward", "reverse", "none"]
+
+
 class Align(Stage):
     """Stage 3: the encoder of every subset, taught by the refined posterior, beside both."""
 
@@ -168,6 +174,16 @@ class Align(Stage):
     pull: float = Field(default=0.0, ge=0)
     """Weight of KL(q(z | X) || q(z | x_m)) of each single modality, both sides learning, as in JMVAE-kl (Suzuki et al. 2017,
     equation 6): the joint encoder keeps to what each modality can tell. 0: only the students move."""
+
+    divergence: Divergence = "forward"
+    """forward: KL(teacher || student), which covers all that the teacher allows. reverse: KL(student || teacher), which keeps
+    to where the teacher is sure. none: no teacher; what is drawn to reconstruct learns by its own ELBO, of all modalities."""
+
+    @model_validator(mode="after")
+    def _students_learn(self) -> "Align":
+        if self.divergence == "none" and not self.reconstruction:
+            raise ValueError('divergence = "none" leaves students to reconstruction: give that a weight above 0')
+        return self
 
 
 Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf"]

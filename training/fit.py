@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ def build(config: Config, data: Dataset) -> Generative:
     """The untrained model of a configuration, its weights drawn from the configuration's seed."""
     torch.manual_seed(config.seed)
     network = config.network
-    kind = MultimodalVAE if config.model == "concord" else baselines.MODELS[config.model]
+    ours = config.model == "concord"
+    kind = partial(MultimodalVAE, fusion=network.fusion) if ours else baselines.MODELS[config.model]
     vae = kind(
         data.modalities,
         latent=network.latent,
@@ -71,7 +73,7 @@ def fit(config: Config, data: Dataset, run: Run, progress: Progress, team: Team 
     for index in range(position.stage, len(plan)):
         first = position.step if index == position.stage else 0
         if plan[index].name == "align" and first == 0 and isinstance(vae, MultimodalVAE):
-            vae.aligned.load_state_dict(vae.joint.state_dict())  # the trunks already see; what is new is to do with less
+            vae.aligned.begin_as(vae.joint)  # the trunks already see; what is new is to do with less
         settings = plan[index].settings
         optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         if optimizer_state is not None:

@@ -65,19 +65,25 @@ def refine(
 
 
 def alignment(
-    vae: MultimodalVAE, batch: Batch, teacher: Gaussian, subsets: Bool[Tensor, "subset modality"]
+    vae: MultimodalVAE,
+    batch: Batch,
+    teacher: Gaussian,
+    subsets: Bool[Tensor, "subset modality"],
+    *,
+    reverse: bool = False,
 ) -> tuple[Float[Tensor, "subset batch"], list[Gaussian]]:
     """KL(teacher || q(z | x_S)) for every subset, and the students q.
 
     Teacher first: the student covers all that the teacher allows, and where it lacks evidence matches the teacher's moments
-    on average. A row contributes where it has some of the subset's modalities; the term is zero elsewhere.
+    on average. ``reverse``: KL(q(z | x_S) || teacher). A row contributes where it has some of the subset's modalities; the
+    term is zero elsewhere.
     """
     features = vae.aligned.features(batch.arrays, batch.present)
     divergences, students = [], []
     for subset in subsets:
         seen = batch.present & subset
         student = vae.aligned.fuse(features, seen)
-        divergence = kl(teacher.detach(), student)
+        divergence = kl(student, teacher.detach()) if reverse else kl(teacher.detach(), student)
         divergences.append(torch.where(seen.any(1), divergence, torch.zeros_like(divergence)))
         students.append(student)
     return torch.stack(divergences), students

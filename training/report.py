@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.bundle import Manifest
-from training.scores import TITLES, average, coherence, finished
+from training.scores import average, coherence, finished, name_of, title_of
 
 COLUMNS = {
     "probe": ("probe", "{:.3f}"),
@@ -97,9 +97,9 @@ def comparison_table(content: Mapping[str, Any]) -> str:
         for score, (_, form) in COLUMNS.items():
             mean, std = average(done, score)
             cells.append("" if mean is None else form.format(mean) + (f" ± {form.format(std)}" if std is not None else ""))
-        lines.append(f"| {TITLES[model]} | {' | '.join(cells)} |")
+        lines.append(f"| {title_of(model)} | {' | '.join(cells)} |")
     if wrong := [
-        f"{TITLES[row['model']]} with seed {row['seed']} ({row['status']})" for row in rows if row["status"] != "done"
+        f"{title_of(name_of(row))} with seed {row['seed']} ({row['status']})" for row in rows if row["status"] != "done"
     ]:
         lines += ["", f"Not in the table: {', '.join(wrong)}."]
     return "\n".join(lines)
@@ -184,8 +184,8 @@ def write_rows(readme: Path, folder: Path) -> None:
         _write_section(readme, "birds", rows_table(*(json.loads(file.read_text()) for file in files)))
 
 
-def write_comparisons(readme: Path, results: Path) -> list[Path]:
-    """Put the tables of all results files into the README and draw their charts beside them; returns the charts.
+def write_comparisons(readme: Path, results: Path, section: str = "comparison") -> list[Path]:
+    """Put the tables of all results files into a section of the README and draw their charts beside them; returns the charts.
 
     Nothing is written while there are no results.
 
@@ -201,11 +201,11 @@ def write_comparisons(readme: Path, results: Path) -> list[Path]:
     sections = []
     for content in contents:
         charts += draw_charts(content, results)
-        named = ["scores", "refinement", *(f"grid-{model}" for model in TITLES)]
+        named = ["scores", "refinement", *(f"grid-{name}" for name, _ in finished(content))]
         pictures = {name: results / f"{content['name']}-{name}.png" for name in named}
         shown = [f"[{name}]({picture.as_posix()})" for name, picture in pictures.items() if picture.exists()]
         sections.append("\n".join([comparison_table(content), "", f"Pictures: {', '.join(shown)}."]))
-    _write_section(readme, "comparison", "\n\n".join(sections))
+    _write_section(readme, section, "\n\n".join(sections))
     return charts
 
 

@@ -17,10 +17,21 @@ TITLES = {
 Rows = Sequence[Mapping[str, Any]]
 
 
+def name_of(row: Mapping[str, Any]) -> str:
+    """Of a row: its variant's, or its model's."""
+    return str(row.get("variant") or row["model"])
+
+
+def title_of(name: str) -> str:
+    """What tables and charts call a model or a variant."""
+    return TITLES.get(name, name)
+
+
 def finished(content: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """The rows that are done, by model, in the order of ``TITLES``."""
-    by_model = [(m, [row for row in content["rows"] if row["model"] == m and row["status"] == "done"]) for m in TITLES]
-    return [(model, rows) for model, rows in by_model if rows]
+    """The rows that are done, by name: models in the order of ``TITLES``, then variants as they come."""
+    names = dict.fromkeys([*TITLES, *map(name_of, content["rows"])])
+    by_name = [(n, [row for row in content["rows"] if name_of(row) == n and row["status"] == "done"]) for n in names]
+    return [(name, rows) for name, rows in by_name if rows]
 
 
 def average(rows: Rows, score: str) -> tuple[float | None, float | None]:

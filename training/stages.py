@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.vae.gaussian import Gaussian, antithetic, kl
+from model.vae.gaussian import Gaussian, antithetic, kl, standard_like
 from model.vae.multimodal import MultimodalVAE
 from training import config
 from training.data import Batch
@@ -66,8 +66,9 @@ def align_loss(
         singles = len(vae.modalities)
         others = noise.order(len(subsets) - singles)[: MAX_SUBSETS - singles] + singles
         subsets = torch.cat((subsets[:singles], subsets[others]))
-    divergences, students = alignment(vae, batch, refined.posterior, subsets)
-    loss = loss + vae.beta * divergences.sum(0).mean()
+    divergences, students = alignment(vae, batch, refined.posterior, subsets, reverse=settings.divergence == "reverse")
+    if settings.divergence != "none":
+        loss = loss + vae.beta * divergences.sum(0).mean()
     figures["align"] = divergences.mean()
     if settings.pull:
         alone = students[: len(vae.modalities)]
@@ -84,6 +85,10 @@ def align_loss(
         evidence = vae.evidences(batch.arrays, batch.present, z.unsqueeze(1))[:, 0]
         some = (batch.present & subsets[choice]).any(1)
         evidence = torch.where(some, evidence, torch.zeros_like(evidence))
+        if settings.divergence == "none":
+            student = Gaussian(mean, log_var)
+            rent = torch.where(some, kl(student, standard_like(student)), 0.0)
+            loss = loss + settings.reconstruction * vae.beta * rent.mean()
         loss = loss - settings.reconstruction * evidence.mean()
         figures["reconstruction"] = evidence.mean()
     return loss, figures

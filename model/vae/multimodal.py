@@ -9,7 +9,7 @@ from torch import Tensor
 from model.modality import Modality
 from model.vae.gaussian import Gaussian
 from model.vae.generative import Arrays, Generative
-from model.vae.posterior import SetEncoder
+from model.vae.posterior import ENCODERS, Fusion, SetEncoder
 from model.vae.refiner import Refiner
 
 
@@ -21,14 +21,23 @@ class MultimodalVAE(Generative):
         features, width: of the encoders, see ``SetEncoder``.
         hidden: of the fusion, the refiner and the decoders.
         beta: weight of the KL term (Higgins et al. 2017).
+        fusion: of the aligned encoder: one network for every subset, or the product of an expert for each modality.
     """
 
     def __init__(
-        self, modalities: Sequence[Modality], *, latent: int, features: int, hidden: int, width: int, beta: float
+        self,
+        modalities: Sequence[Modality],
+        *,
+        latent: int,
+        features: int,
+        hidden: int,
+        width: int,
+        beta: float,
+        fusion: Fusion = "set",
     ) -> None:
         super().__init__(modalities, latent=latent, beta=beta)
         self.joint = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width)
-        self.aligned = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width)
+        self.aligned = ENCODERS[fusion](modalities, latent=latent, features=features, hidden=hidden, width=width)
         self.refiner = Refiner(latent=latent, hidden=hidden, beta=beta)
         self.build_decoders(hidden=hidden, width=width)
 

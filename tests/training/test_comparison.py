@@ -132,6 +132,49 @@ def test_mistakes_are_answered(compared: Any, options: list[str], message: str) 
     assert message in result.stderr
 
 
+def test_variants_are_rows_of_their_own_names(compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, config, *_ = compared
+    variant = folder / "reversed.toml"
+    variant.write_text('extends = "tiny.toml"\nname = "tiny-reversed"\n[align]\ndivergence = "reverse"\n')
+    ran = []
+
+    def isolated(_: Any, path: Path, settings: Any, *__: Any) -> str:
+        ran.append((path.name, settings.name, settings.model, settings.seed, settings.align.divergence))
+        return "not today"
+
+    monkeypatch.setattr(comparison, "_isolated", isolated)
+    options = ["--test-rows", "8", "--rows-per-epoch", "40", "--seeds", "0", "--models", "concord"]
+    options += ["--out", str(folder / "runs"), "--results", str(tmp_path)]
+    result = CliRunner().invoke(app, ["compare", str(config), str(variant), *options])
+    assert result.exit_code == 0, result.output
+    assert ran == [("tiny-reversed-0", "tiny-reversed", "concord", 0, "reverse")]  # the other is there
+    content = json.loads((tmp_path / "tiny-40.json").read_text())
+    assert [(row["model"], row.get("variant"), row["status"]) for row in content["rows"]] == [
+        ("concord", None, "done"),
+        ("concord", "tiny-reversed", "failed"),
+    ]
+    assert f"{config} {variant} --models concord" in content["command"]
+    assert "tiny-reversed, seed 0: failed: not today" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "each row needs a name of its own, received concord, concord"),
+        ("[data]\nmemory_mb = 7\n", "concord: its data are not those of tiny"),
+        ("[align]\nepochs = 9\n", "concord: trains 11 epochs, tiny 3: equalise them"),
+    ],
+)
+def test_variants_on_other_terms_are_refused(compared: Any, text: str, message: str) -> None:
+    folder, config, *_ = compared
+    variant = folder / "other.toml"
+    variant.write_text(f'extends = "tiny.toml"\nname = "concord"\n{text}')
+    models = "concord" if "name of its own" in message else "mvae"
+    result = CliRunner().invoke(app, ["compare", str(config), str(variant), "--models", models])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
 def test_judges_that_cannot_be_fitted_end_it(write_config: Any, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", photo=True, data={"folder": str(tmp_path)})
     result = CliRunner().invoke(app, ["compare", str(config), "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])

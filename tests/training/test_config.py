@@ -185,3 +185,16 @@ def test_any_text_loads_or_is_refused_in_words(tmp_path_factory: pytest.TempPath
 def test_any_wrong_value_is_refused_with_its_place(tmp_path_factory: pytest.TempPathFactory, key: str, value: str) -> None:
     with pytest.raises(config.ConfigError, match=rf"\n  {key}[.:\[]"):
         load(tmp_path_factory.getbasetemp(), f"{key} = {value}\n")
+
+
+def test_students_without_a_teacher_have_something_to_learn(tmp_path: Path) -> None:
+    assert load(tmp_path, SMALL + '[align]\ndivergence = "none"\n').align.reconstruction > 0
+    with pytest.raises(config.ConfigError, match=r"align: divergence = \"none\" leaves students to reconstruct"):
+        load(tmp_path, SMALL + '[align]\ndivergence = "none"\nreconstruction = 0\n')
+
+
+def test_options_of_ablations_leave_the_hash_of_what_does_not_use_them(tmp_path: Path) -> None:
+    said = SMALL + '[network]\nfusion = "set"\n[align]\ndivergence = "forward"\n'
+    assert load(tmp_path, said).sha256 == load(tmp_path, SMALL).sha256
+    for turned in ('[network]\nfusion = "product"\n', '[align]\ndivergence = "reverse"\n', "[refiner]\nsteps = 0\n"):
+        assert load(tmp_path, SMALL + turned).sha256 != load(tmp_path, SMALL).sha256

@@ -112,6 +112,15 @@ def test_alignment_is_the_kl_to_each_student(vae: MultimodalVAE, batch: Batch) -
         torch.testing.assert_close(divergence, torch.where(seen.any(1), kl_divergence(p, q), torch.zeros(ROWS)))
 
 
+def test_alignment_can_be_reversed(vae: MultimodalVAE, batch: Batch) -> None:
+    teacher, subsets = start(), every_subset(4)
+    divergences, students = alignment(vae, batch, teacher, subsets, reverse=True)
+    for subset, divergence, student in zip(subsets, divergences, students, strict=True):
+        q, p = (Independent(Normal(g.mean, (g.log_var / 2).exp()), 1) for g in (student, teacher))
+        seen = (batch.present & subset).any(1)
+        torch.testing.assert_close(divergence, torch.where(seen, kl_divergence(q, p), torch.zeros(ROWS)))
+
+
 def test_rows_without_the_subset_teach_nothing(vae: MultimodalVAE, batch: Batch) -> None:
     only_image = torch.tensor([[True, False, False, False]])
     (divergence,), _ = alignment(vae, batch, start(), only_image)

@@ -87,6 +87,21 @@ def test_the_table(content: dict[str, Any]) -> None:
     assert "Not in the table: JNF with seed 0 (failed)." in table
 
 
+def test_variants_stand_behind_the_models_by_their_own_names(content: dict[str, Any], tmp_path: Path) -> None:
+    content["rows"].insert(0, row("concord", 0, 0.6, variant="tiny-reversed"))
+    content["rows"].append({"model": "concord", "variant": "tiny-other", "seed": 1, "status": "failed"})
+    assert [name for name, _ in finished(content)] == ["concord", "mmvae", "tiny-reversed"]
+    lines = comparison_table(content).splitlines()
+    assert next(line for line in lines if "tiny-reversed" in line).startswith("| tiny-reversed | 0.750 | 0.600 |")
+    assert next(line for line in lines if line.startswith("| Concord |")).startswith("| Concord | 0.875 ± 0.035 |")
+    assert lines[-1] == "Not in the table: JNF with seed 0 (failed), tiny-other with seed 1 (failed)."
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- ablations -->\n<!-- /ablations -->\n")
+    (tmp_path / "tiny-40.json").write_text(json.dumps(content))
+    assert write_comparisons(readme, tmp_path, "ablations")
+    assert "| tiny-reversed |" in readme.read_text()
+
+
 def test_readme_and_charts(content: dict[str, Any], tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
     readme.write_text(README)

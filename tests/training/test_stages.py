@@ -1,13 +1,13 @@
 """What each stage minimises, and which networks it teaches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.vae.gaussian import standard_like
+from model.vae.gaussian import kl, standard_like
 from model.vae.multimodal import MultimodalVAE
 from training import config, stages
 from training.data import Batch
@@ -141,9 +141,9 @@ def test_many_modalities_align_some_subsets_at_a_time(
 ) -> None:
     honest, taken = stages.alignment, []
 
-    def watch(model: MultimodalVAE, rows: Batch, teacher: Any, subsets: Tensor) -> Any:
+    def watch(model: MultimodalVAE, rows: Batch, teacher: Any, subsets: Tensor, **options: Any) -> Any:
         taken.append(subsets)
-        return honest(model, rows, teacher, subsets)
+        return honest(model, rows, teacher, subsets, **options)
 
     monkeypatch.setattr(stages, "alignment", watch)
     monkeypatch.setattr(stages, "MAX_SUBSETS", 7)
@@ -158,3 +158,24 @@ def test_many_modalities_align_some_subsets_at_a_time(
         assert len(others) == 3
         drawn |= others
     assert drawn == {tuple(row) for row in every_subset(4)[4:].tolist()}  # each comes up in time
+
+
+def test_the_divergence_chooses_what_students_are_drawn_to(vae: MultimodalVAE, batch: Batch) -> None:
+    found = {d: align_loss(vae, batch, seeded(), REFINER, config.Align(divergence=d)) for d in get_args(config.Divergence)}
+    forward, reverse, none = found.values()
+    count = len(every_subset(4))
+    for loss, figures in (forward, reverse):
+        without = (figures["elbo"] + figures["refined"]) / 2 + config.Align().reconstruction * figures["reconstruction"]
+        torch.testing.assert_close(loss, vae.beta * count * figures["align"] - without)
+    assert not torch.isclose(forward[1]["align"], reverse[1]["align"])
+    # Without a teacher the drawn student pays its KL to the prior, and its reconstruction is the same.
+    loss, figures = none
+    assert torch.equal(figures["reconstruction"], forward[1]["reconstruction"])
+    noise = seeded()
+    drawn = stages._joint_and_refined(vae, batch, noise, REFINER, learn=False)  # draws what comes before the choice
+    choice = noise.choices(count)
+    _, students = stages.alignment(vae, batch, drawn[2], every_subset(4))
+    rent = torch.stack([kl(student, standard_like(student)) for student in students])[choice, torch.arange(ROWS)]
+    rent = torch.where((batch.present & every_subset(4)[choice]).any(1), rent, 0.0).mean()
+    elbo = (figures["elbo"] + figures["refined"]) / 2
+    torch.testing.assert_close(loss, -elbo - config.Align().reconstruction * (figures["reconstruction"] - vae.beta * rent))

@@ -10,7 +10,7 @@ from model.modality import Modality
 from model.vae.gaussian import Gaussian, kl, standard_like
 from model.vae.generative import Arrays
 from model.vae.posterior import SetEncoder
-from training.baselines.product import product
+from model.vae.product import product
 from training.baselines.rival import ExpertRival
 from training.data import Batch
 from training.posteriors import GaussianPosterior, Posterior

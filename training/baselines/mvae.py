@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.vae.gaussian import standard_like
 from model.vae.generative import Arrays
-from training.baselines.product import product
+from model.vae.product import product
 from training.baselines.rival import ExpertRival
 from training.data import Batch
 from training.objectives import every_subset

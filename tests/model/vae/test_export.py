@@ -15,6 +15,7 @@ from torch import Tensor
 from model import bundle
 from model.modality import CategoricalModality, ImageModality, TextModality, VectorModality
 from model.runtime import Posterior, Runtime
+from model.skipping import skip_absent
 from model.vae import export
 from model.vae.export import INLINE_BYTES, PARITY_TOLERANCE, ExportError, export_bundle, parity
 from model.vae.gaussian import Gaussian
@@ -61,6 +62,24 @@ def test_graphs_agree_with_the_model(
     assert difference(after.mean, refined.mean) <= PARITY_TOLERANCE
     assert difference(after.log_var, refined.log_var) <= PARITY_TOLERANCE
     assert difference(objective, value) <= PARITY_TOLERANCE
+
+
+def test_a_product_of_experts_is_exported_and_skips_what_is_absent(
+    tiny_modalities, make_vae, make_rows, tiny_facts: dict[str, Any], tmp_path: Path
+) -> None:
+    vae, examples = make_vae(tiny_modalities, fusion="product"), make_rows(tiny_modalities, 15)
+    made = export_bundle(vae, tmp_path / "b", facts=tiny_facts, samples=2, horizon=3, examples=examples, card="")
+    runtime = Runtime(made, threads=1)
+    for rows in (1, 3, 16):
+        assert parity(vae, runtime, make_rows(tiny_modalities, rows, seed=rows)) <= PARITY_TOLERANCE
+        for subset in SUBSETS:
+            arrays, present = make_rows(tiny_modalities, rows, seed=1), torch.tensor([subset] * rows)
+            encoded, expected = runtime.encode(numbers(arrays), present.numpy()), vae.aligned(arrays, present)
+            assert difference(encoded.mean, expected.mean) <= PARITY_TOLERANCE
+            assert difference(encoded.log_var, expected.log_var) <= PARITY_TOLERANCE
+    names = [m.name for m in tiny_modalities]
+    graph = onnx.load_model_from_string(skip_absent(made.content(made.manifest.graphs.encode), names)).graph
+    assert sum(node.op_type == "Compress" for node in graph.node) == len(names)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])

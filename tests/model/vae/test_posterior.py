@@ -1,10 +1,11 @@
 """What is absent never shows: the posterior of every subset depends on that subset alone."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.modality import Modality
 from model.vae.gaussian import LOG_VAR_RANGE
@@ -12,6 +13,23 @@ from model.vae.multimodal import MultimodalVAE
 
 SUBSETS = [mask for mask in itertools.product([True, False], repeat=4) if any(mask)]
 ROWS = 3
+
+
+@pytest.fixture(scope="module", params=["set", "product"])
+def tiny_vae(request: Any, tiny_modalities: tuple[Modality, ...], make_vae: Any) -> MultimodalVAE:
+    vae = make_vae(tiny_modalities, fusion=request.param)
+    return vae if request.param == "set" else sure(vae)
+
+
+def sure(vae: MultimodalVAE) -> MultimodalVAE:
+    """With experts that all know something: one that gives the prior back would leave no trace in a product."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for head in vae.aligned.heads.values():
+            mean, log_var = head[-1].bias.chunk(2)
+            nn.init.normal_(mean, std=0.2)
+            nn.init.constant_(log_var, -1.0)
+    return vae
 
 
 def spoiled(arrays: dict[str, Tensor], names: list[str], filler: float) -> dict[str, Tensor]:
@@ -62,7 +80,8 @@ def test_features_fused_are_the_whole(tiny_vae: MultimodalVAE, make_rows) -> Non
     """What training uses to see many subsets at the price of one pass through the trunks."""
     arrays, present = make_rows(tiny_vae.modalities, ROWS), torch.tensor([SUBSETS[4]] * ROWS)
     features = tiny_vae.aligned.features(arrays)
-    assert features.shape == (ROWS, 4, 17)
+    assert features.shape[:2] == (ROWS, 4)
+    assert torch.equal(tiny_vae.aligned.features(arrays, present)[present], features[present])
     assert torch.equal(tiny_vae.aligned.fuse(features, present).mean, tiny_vae.aligned(arrays, present).mean)
 
 
@@ -71,3 +90,25 @@ def test_the_variance_is_bounded(tiny_vae: MultimodalVAE, make_rows) -> None:
     log_var = tiny_vae.aligned(arrays, torch.ones(ROWS, 4, dtype=torch.bool)).log_var
     assert log_var.min() >= LOG_VAR_RANGE[0]
     assert log_var.max() <= LOG_VAR_RANGE[1]
+
+
+def test_experts_multiply_with_the_spare_priors_divided_out(tiny_modalities, make_vae, make_rows) -> None:
+    vae, arrays = sure(make_vae(tiny_modalities, fusion="product")), make_rows(tiny_modalities, ROWS)
+    several = vae.aligned(arrays, torch.tensor([[True, False, True, True]] * ROWS))
+    experts = [vae.aligned(arrays, torch.arange(4).expand(ROWS, 4) == m) for m in (0, 2, 3)]
+    precision = sum((-q.log_var).exp() for q in experts) - 2
+    assert precision.min() > 1
+    torch.testing.assert_close(several.log_var, -precision.log())
+    torch.testing.assert_close(several.mean, sum(q.mean * (-q.log_var).exp() for q in experts) / precision)
+
+
+@pytest.mark.parametrize("fusion", ["set", "product"])
+def test_aligned_encoders_begin_with_what_the_joint_one_says_of_single_modalities(
+    tiny_modalities, make_vae, make_rows, fusion: str
+) -> None:
+    vae, arrays = make_vae(tiny_modalities, fusion=fusion), make_rows(tiny_modalities, ROWS)
+    vae.aligned.begin_as(vae.joint)
+    for m in range(4):
+        alone = torch.arange(4).expand(ROWS, 4) == m
+        for found, expected in zip(vae.aligned(arrays, alone), vae.joint(arrays, alone), strict=True):
+            torch.testing.assert_close(found, expected)

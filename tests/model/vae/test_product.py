@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Normal
 
 from model.vae.gaussian import LOG_VAR_RANGE, Gaussian
-from training.baselines.product import Prior, product
+from model.vae.product import Prior, product
 
 EXPERTS = Gaussian(torch.tensor([[-1.0], [0.5], [2.0]]).unsqueeze(1), torch.tensor([[-1.0], [0.3], [-2.5]]).unsqueeze(1))
 POWER = {"inside": 1, "outside": 0, "divided": -1}  # of the prior, for two experts
