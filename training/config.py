@@ -171,10 +171,15 @@ class Align(Stage):
     epochs: PositiveInt = 5
     reconstruction: float = Field(default=0.2, ge=0)
     """Weight of reconstructing all modalities from a sample of a random subset's posterior, against the joint ELBO."""
+    reconstruction_teaches: Literal["all", "encoder"] = "all"
+    """all: decoders learn from it too, and blur what a subset leaves open. encoder: only the aligned encoder does, to keep to
+    what the decoders know."""
+    several: float = Field(default=1.0, gt=0)
+    """Weight of aligning a subset of several modalities against a single one. Low, the trunks see what each modality tells
+    alone; high, they see the details that only several together make certain."""
     pull: float = Field(default=0.0, ge=0)
     """Weight of KL(q(z | X) || q(z | x_m)) of each single modality, both sides learning, as in JMVAE-kl (Suzuki et al. 2017,
     equation 6): the joint encoder keeps to what each modality can tell. 0: only the students move."""
-
     divergence: Divergence = "forward"
     """forward: KL(teacher || student), which covers all that the teacher allows. reverse: KL(student || teacher), which keeps
     to where the teacher is sure. none: no teacher; what is drawn to reconstruct learns by its own ELBO, of all modalities."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from model.vae.gaussian import Gaussian, antithetic, kl, standard_like
@@ -68,7 +69,8 @@ def align_loss(
         subsets = torch.cat((subsets[:singles], subsets[others]))
     divergences, students = alignment(vae, batch, refined.posterior, subsets, reverse=settings.divergence == "reverse")
     if settings.divergence != "none":
-        loss = loss + vae.beta * divergences.sum(0).mean()
+        weights = torch.where(subsets.sum(1) > 1, settings.several, 1.0)
+        loss = loss + vae.beta * (weights @ divergences).mean()
     figures["align"] = divergences.mean()
     if settings.pull:
         alone = students[: len(vae.modalities)]
@@ -82,7 +84,7 @@ def align_loss(
         mean = torch.stack([s.mean for s in students])[choice, rows]
         log_var = torch.stack([s.log_var for s in students])[choice, rows]
         z = mean + (0.5 * log_var).exp() * noise.normal(1, vae.latent)[:, 0]
-        evidence = vae.evidences(batch.arrays, batch.present, z.unsqueeze(1))[:, 0]
+        evidence = _evidence(vae, batch, z, through=settings.reconstruction_teaches == "all")
         some = (batch.present & subsets[choice]).any(1)
         evidence = torch.where(some, evidence, torch.zeros_like(evidence))
         if settings.divergence == "none":
@@ -92,6 +94,16 @@ def align_loss(
         loss = loss - settings.reconstruction * evidence.mean()
         figures["reconstruction"] = evidence.mean()
     return loss, figures
+
+
+def _evidence(vae: MultimodalVAE, batch: Batch, z: Float[Tensor, "batch latent"], *, through: bool) -> Float[Tensor, " batch"]:
+    """Of one sample a row. Unless ``through``, its gradient reaches the sample alone and no weight of the decoders."""
+    if through:
+        return vae.evidences(batch.arrays, batch.present, z.unsqueeze(1))[:, 0]
+    at = z.detach().requires_grad_()
+    evidence = vae.evidences(batch.arrays, batch.present, at.unsqueeze(1))[:, 0]
+    (slope,) = torch.autograd.grad(evidence.sum(), at)
+    return evidence.detach() + (slope * (z - at.detach())).sum(-1)
 
 
 def _joint_and_refined(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.vae.gaussian import kl, standard_like
+from model.vae.gaussian import antithetic, kl, standard_like
 from model.vae.multimodal import MultimodalVAE
 from training import config, stages
 from training.data import Batch
@@ -100,6 +100,28 @@ def test_alignment_and_reconstruction_come_on_top(vae: MultimodalVAE, batch: Bat
     torch.testing.assert_close(plain - more, 3.0 * told["reconstruction"])
     before = -(figures["elbo"] + figures["refined"]) / 2
     torch.testing.assert_close(plain - before, vae.beta * 15 * figures["align"])
+
+
+def test_subsets_of_several_weigh_what_they_are_told(vae: MultimodalVAE, batch: Batch) -> None:
+    one, half = (align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0, several=w))[0] for w in (1.0, 0.5))
+    start = vae.joint(batch.arrays, batch.present)
+    noise = antithetic(seeded().normal(1, vae.latent))
+    teacher = stages.refine(vae, batch, start, noise, REFINER.steps).posterior
+    several = stages.alignment(vae, batch, teacher, every_subset(4)[4:])[0]
+    torch.testing.assert_close(one - half, 0.5 * vae.beta * several.sum(0).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_reconstruction_teaches_decoders_or_not(vae: MultimodalVAE, batch: Batch) -> None:
+    """The encoder learns the same either way."""
+    through, around = (
+        align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0.5, reconstruction_teaches=who))
+        for who in ("all", "encoder")
+    )
+    torch.testing.assert_close(through[0], around[0])
+    for found, expected in zip(slopes(vae, around[0], "aligned"), slopes(vae, through[0], "aligned"), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert any(bool(g.any()) for g in slopes(vae, through[1]["reconstruction"], "decoders"))
+    assert not any(bool(g.any()) for g in slopes(vae, around[1]["reconstruction"], "decoders"))
 
 
 def test_the_teacher_is_not_pulled_to_its_students(vae: MultimodalVAE, batch: Batch) -> None:
