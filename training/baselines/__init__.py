@@ -29,13 +29,14 @@ MODELS: dict[str, type[ExpertRival] | type[JNF]] = {
 
 
 def stages(rival: Generative, settings: config.Config) -> list[Stage]:
-    """One stage with the epochs of all of ours; JNF's joint VAE has those of our first two, its flows those of the third."""
-    joint, refiner, align = settings.joint, settings.refiner, settings.align
+    """One stage with the epochs of all of ours; of JNF's two, the joint VAE has half of them and the flows the rest."""
+    joint, align = settings.joint, settings.align
+    epochs = joint.epochs + settings.refiner.epochs + align.epochs
     if isinstance(rival, JNF):
-        first = joint.model_copy(update={"epochs": joint.epochs + refiner.epochs})
-        return [Stage("joint", first, _whole(rival.joint_loss)), Stage("flows", align, _whole(rival.flow_loss))]
+        first = joint.model_copy(update={"epochs": epochs // 2})
+        second = align.model_copy(update={"epochs": epochs - epochs // 2})
+        return [Stage("joint", first, _whole(rival.joint_loss)), Stage("flows", second, _whole(rival.flow_loss))]
     assert isinstance(rival, ExpertRival)
-    epochs = joint.epochs + refiner.epochs + align.epochs
     return [Stage("joint", joint.model_copy(update={"epochs": epochs}), _whole(rival.loss))]
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from training import data, fit
 from training.__main__ import app
+from training.baselines import stages
 from training.checkpoint import Position, Run
 from training.config import Config
 from training.progress import Progress
@@ -54,6 +55,15 @@ def test_a_rival_stopped_in_any_stage_ends_with_the_same_numbers(
     assert list(dict.fromkeys(line["stage"] for line in straight.metrics())) == STAGES[model]
     assert straight.metrics()[-1]["stage_index"] == len(STAGES[model]) - 1
     assert sum(1 for line in straight.metrics() if line["step"] == 2) == len(STAGES[model])
+
+
+def test_every_rival_has_as_many_epochs_as_ours(make_config: Any) -> None:
+    sizes = {name: {"epochs": epochs} for name, epochs in (("joint", 1), ("refiner", 2), ("align", 4))}
+    epochs = {}
+    for model in STAGES:
+        settings: Config = make_config(model=model, **sizes)
+        epochs[model] = [one.settings.epochs for one in stages(fit.build(settings, data.load(settings, "train")), settings)]
+    assert epochs == {"mvae": [7], "jnf": [3, 4]}
 
 
 def test_a_rival_is_fitted_and_evaluated_and_not_exported(write_config: Any, tmp_path: Path) -> None:
