@@ -21,6 +21,7 @@ COLUMNS = {
     "log_likelihood": ("log p(X)", "{:,.0f}"),
     "minutes": ("minutes", "{:.1f}"),
 }
+LOWER_IS_BETTER = {"frechet", "minutes"}
 
 
 def results_table(manifest: Manifest) -> str:
@@ -80,7 +81,8 @@ def _refinement_table(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_table(content: Mapping[str, Any]) -> str:
-    """Markdown of a results file of ``compare``: means over seeds and standard deviations, what was not measured left open."""
+    """Markdown of a results file of ``compare``: means over seeds and standard deviations, the best mean of a column in bold,
+    what was not measured left open."""
     budget, rows = content["budget"], content["rows"]
     size = f"{budget['rows_per_epoch']:,}" if budget["rows_per_epoch"] else "all"
     seeds = sorted({row["seed"] for row in rows})
@@ -92,11 +94,15 @@ def comparison_table(content: Mapping[str, Any]) -> str:
         f"| model | {' | '.join(title for title, _ in COLUMNS.values())} |",
         f"| --- |{' --- |' * len(COLUMNS)}",
     ]
-    for model, done in finished(content):
+    averages = {model: {score: average(done, score) for score in COLUMNS} for model, done in finished(content)}
+    for model, found in averages.items():
         cells = []
         for score, (_, form) in COLUMNS.items():
-            mean, std = average(done, score)
-            cells.append("" if mean is None else form.format(mean) + (f" ± {form.format(std)}" if std is not None else ""))
+            mean, std = found[score]
+            cell = "" if mean is None else form.format(mean) + (f" ± {form.format(std)}" if std is not None else "")
+            means = [other[score][0] for other in averages.values() if other[score][0] is not None]
+            best = min if score in LOWER_IS_BETTER else max
+            cells.append(f"**{cell}**" if len(means) > 1 and mean == best(means) else cell)
         lines.append(f"| {title_of(model)} | {' | '.join(cells)} |")
     if wrong := [
         f"{title_of(name_of(row))} with seed {row['seed']} ({row['status']})" for row in rows if row["status"] != "done"
