@@ -174,7 +174,7 @@ class Align(Stage):
     reconstruction_teaches: Literal["all", "encoder"] = "all"
     """all: decoders learn from it too, and blur what a subset leaves open. encoder: only the aligned encoder does, to keep to
     what the decoders know."""
-    several: float = Field(default=1.0, gt=0)
+    several: float = Field(default=0.1, gt=0)
     """Weight of aligning a subset of several modalities against a single one. Low, the trunks see what each modality tells
     alone; high, they see the details that only several together make certain."""
     pull: float = Field(default=0.0, ge=0)

@@ -94,7 +94,7 @@ def test_the_joint_loss_is_the_negative_elbo(vae: MultimodalVAE, batch: Batch) -
 def test_alignment_and_reconstruction_come_on_top(vae: MultimodalVAE, batch: Batch) -> None:
     """By their weights; beta makes the alignment a matter of the same nats."""
     (plain, figures), (more, told) = (
-        align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=weight)) for weight in (0.0, 3.0)
+        align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=weight, several=1.0)) for weight in (0.0, 3.0)
     )
     assert "reconstruction" not in figures
     torch.testing.assert_close(plain - more, 3.0 * told["reconstruction"])
@@ -183,7 +183,8 @@ def test_many_modalities_align_some_subsets_at_a_time(
 
 
 def test_the_divergence_chooses_what_students_are_drawn_to(vae: MultimodalVAE, batch: Batch) -> None:
-    found = {d: align_loss(vae, batch, seeded(), REFINER, config.Align(divergence=d)) for d in get_args(config.Divergence)}
+    settings = {d: config.Align(divergence=d, several=1.0) for d in get_args(config.Divergence)}
+    found = {d: align_loss(vae, batch, seeded(), REFINER, align) for d, align in settings.items()}
     forward, reverse, none = found.values()
     count = len(every_subset(4))
     for loss, figures in (forward, reverse):
