@@ -177,7 +177,7 @@ class Align(Stage):
     several: float = Field(default=0.1, gt=0)
     """Weight of aligning a subset of several modalities against a single one. Low, the trunks see what each modality tells
     alone; high, they see the details that only several together make certain."""
-    pull: float = Field(default=0.0, ge=0)
+    pull: float = Field(default=0.1, ge=0)
     """Weight of KL(q(z | X) || q(z | x_m)) of each single modality, both sides learning, as in JMVAE-kl (Suzuki et al. 2017,
     equation 6): the joint encoder keeps to what each modality can tell. 0: only the students move."""
     divergence: Divergence = "forward"
