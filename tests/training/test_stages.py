@@ -94,7 +94,8 @@ def test_the_joint_loss_is_the_negative_elbo(vae: MultimodalVAE, batch: Batch) -
 def test_alignment_and_reconstruction_come_on_top(vae: MultimodalVAE, batch: Batch) -> None:
     """By their weights; beta makes the alignment a matter of the same nats."""
     (plain, figures), (more, told) = (
-        align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=weight, several=1.0)) for weight in (0.0, 3.0)
+        align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=weight, several=1.0, pull=0))
+        for weight in (0.0, 3.0)
     )
     assert "reconstruction" not in figures
     torch.testing.assert_close(plain - more, 3.0 * told["reconstruction"])
@@ -103,7 +104,9 @@ def test_alignment_and_reconstruction_come_on_top(vae: MultimodalVAE, batch: Bat
 
 
 def test_subsets_of_several_weigh_what_they_are_told(vae: MultimodalVAE, batch: Batch) -> None:
-    one, half = (align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0, several=w))[0] for w in (1.0, 0.5))
+    one, half = (
+        align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0, pull=0, several=w))[0] for w in (1.0, 0.5)
+    )
     start = vae.joint(batch.arrays, batch.present)
     noise = antithetic(seeded().normal(1, vae.latent))
     teacher = stages.refine(vae, batch, start, noise, REFINER.steps).posterior
@@ -114,7 +117,7 @@ def test_subsets_of_several_weigh_what_they_are_told(vae: MultimodalVAE, batch: 
 def test_reconstruction_teaches_decoders_or_not(vae: MultimodalVAE, batch: Batch) -> None:
     """The encoder learns the same either way."""
     through, around = (
-        align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0.5, reconstruction_teaches=who))
+        align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0.5, pull=0, reconstruction_teaches=who))
         for who in ("all", "encoder")
     )
     torch.testing.assert_close(through[0], around[0])
@@ -125,7 +128,7 @@ def test_reconstruction_teaches_decoders_or_not(vae: MultimodalVAE, batch: Batch
 
 
 def test_the_teacher_is_not_pulled_to_its_students(vae: MultimodalVAE, batch: Batch) -> None:
-    loss, figures = align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0))
+    loss, figures = align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0, pull=0))
     without = -(figures["elbo"] + figures["refined"]) / 2
     for found, expected in zip(slopes(vae, loss, "joint"), slopes(vae, without, "joint"), strict=True):
         torch.testing.assert_close(found, expected)
@@ -183,7 +186,7 @@ def test_many_modalities_align_some_subsets_at_a_time(
 
 
 def test_the_divergence_chooses_what_students_are_drawn_to(vae: MultimodalVAE, batch: Batch) -> None:
-    settings = {d: config.Align(divergence=d, several=1.0) for d in get_args(config.Divergence)}
+    settings = {d: config.Align(divergence=d, several=1.0, pull=0) for d in get_args(config.Divergence)}
     found = {d: align_loss(vae, batch, seeded(), REFINER, align) for d, align in settings.items()}
     forward, reverse, none = found.values()
     count = len(every_subset(4))
