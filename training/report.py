@@ -100,7 +100,7 @@ def comparison_table(content: Mapping[str, Any]) -> str:
         for score, (_, form) in COLUMNS.items():
             mean, std = found[score]
             cell = "" if mean is None else form.format(mean) + (f" ± {form.format(std)}" if std is not None else "")
-            means = [other[score][0] for other in averages.values() if other[score][0] is not None]
+            means = [value for other in averages.values() if (value := other[score][0]) is not None]
             best = min if score in LOWER_IS_BETTER else max
             cells.append(f"**{cell}**" if len(means) > 1 and mean == best(means) else cell)
         lines.append(f"| {title_of(model)} | {' | '.join(cells)} |")
