@@ -54,6 +54,9 @@ Folder = Annotated[
     typer.Option("--data", envvar="CONCORD_DATA", help="Where the configuration's files lie. Default: its data.folder."),
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<name of the configuration>.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Instead of the configuration's; give runs of other seeds folders of their own.")
+]
 
 P = ParamSpec("P")
 
@@ -125,9 +128,7 @@ def fit(
     folder: Folder = None,
     out: Out = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run's folder first, and start over.")] = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Instead of the configuration's; give such a run a folder of its own.")
-    ] = None,
+    seed: Seed = None,
 ) -> None:
     """Train all stages, then evaluate.
 
@@ -139,9 +140,7 @@ def fit(
     torchrun --nproc-per-node 2 -m training fit CONFIG. Any number of them continues what any other began. A batch that does
     not fit into memory goes through in passes: accumulate = 4 in the configuration's stage.
     """
-    settings = config.load(configuration)
-    if seed is not None:
-        settings = settings.model_copy(update={"seed": seed})
+    settings = _settings(configuration, seed)
     path = out or Path("runs") / settings.name
     with parallel.team() as team:
         team.check(settings)
@@ -154,7 +153,13 @@ def fit(
         vae = load(settings, training, run) or train(settings, training, run, progress, team)
     if team.leads:
         _evaluate(settings, vae, training, test, run, progress)
-        print(f"\nexport it with: python -m training export {configuration}" + (f" --out {out}" if out else ""))
+        options = (f" --out {out}" if out else "") + (f" --seed {seed}" if seed is not None else "")
+        print(f"\nexport it with: python -m training export {configuration}{options}")
+
+
+def _settings(configuration: Path, seed: int | None) -> config.Config:
+    settings = config.load(configuration)
+    return settings if seed is None else settings.model_copy(update={"seed": seed})
 
 
 def _prepare(path: Path, settings: config.Config, *, fresh: bool) -> None:
@@ -168,9 +173,9 @@ def _prepare(path: Path, settings: config.Config, *, fresh: bool) -> None:
 
 @app.command()
 @_explained
-def evaluate(configuration: Configuration, folder: Folder = None, out: Out = None) -> None:
+def evaluate(configuration: Configuration, folder: Folder = None, out: Out = None, seed: Seed = None) -> None:
     """Measure a finished run on the test split and print its figures."""
-    with _finished(configuration, folder, out) as (settings, vae, training, test, run):
+    with _finished(configuration, folder, out, seed) as (settings, vae, training, test, run):
         _evaluate(settings, vae, training, test, run, Progress())
 
 
@@ -180,13 +185,14 @@ def export(
     configuration: Configuration,
     folder: Folder = None,
     out: Out = None,
+    seed: Seed = None,
     to: Annotated[Path | None, typer.Option(help="The bundle's folder. Default: bundle/ in the run's folder.")] = None,
 ) -> None:
     """Write a finished and evaluated run as a bundle that the service can serve.
 
     The graphs are checked against the model before anything is written; a bundle already there is replaced in one step.
     """
-    with _finished(configuration, folder, out) as (settings, vae, training, test, run):
+    with _finished(configuration, folder, out, seed) as (settings, vae, training, test, run):
         if not isinstance(vae, MultimodalVAE):
             raise config.ConfigError(f'{configuration}: model is "{settings.model}"; a bundle holds a "concord" alone')
         bundle = export_run(settings, vae, training, test, run.read(EVALUATION), to or run.path / "bundle")
@@ -260,9 +266,9 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def _finished(
-    configuration: Path, folder: Path | None, out: Path | None
+    configuration: Path, folder: Path | None, out: Path | None, seed: int | None
 ) -> Iterator[tuple[config.Config, Generative, data.Dataset, data.Dataset, Run]]:
-    settings = config.load(configuration)
+    settings = _settings(configuration, seed)
     path = out or Path("runs") / settings.name
     if not path.exists():
         raise RunError(f"{path}: no such run. Run fit first, or name its folder with --out")

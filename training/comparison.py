@@ -88,20 +88,15 @@ class Plan(NamedTuple):
             for what in ("modalities", "data"):
                 if getattr(variant, what) != getattr(self.config, what):
                     raise ConfigError(f"{variant.name}: its {what} are not those of {self.config.name}: compare it on its own")
-            if (epochs := epochs_of(variant)) != epochs_of(self.config):
+            if variant.epochs != self.config.epochs:
                 raise ConfigError(
-                    f"{variant.name}: trains {epochs} epochs, {self.config.name} {epochs_of(self.config)}: equalise them"
+                    f"{variant.name}: trains {variant.epochs} epochs, {self.config.name} {self.config.epochs}: equalise them"
                 )
 
     @property
     def name(self) -> str:
         """Of the results: a reduced budget never overwrites the whole one."""
         return self.config.name + (f"-{self.rows_per_epoch}" if self.rows_per_epoch is not None else "")
-
-
-def epochs_of(config: Config) -> int:
-    """Of all stages."""
-    return config.joint.epochs + config.refiner.epochs + config.align.epochs
 
 
 def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: str, progress: Progress) -> dict[str, Any]:
@@ -128,7 +123,7 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
         "config_sha256": plan.settings("concord", plan.config.seed).sha256,
         "budget": {
             "rows_per_epoch": plan.rows_per_epoch or plan.config.data.rows_per_epoch,
-            "epochs": epochs_of(plan.config),
+            "epochs": plan.config.epochs,
             "reduced": plan.rows_per_epoch is not None,
         },
         "test_rows": plan.test_rows,

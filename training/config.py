@@ -57,9 +57,9 @@ class Source(_Table):
     """One table of rows, and which of its columns hold which modalities."""
 
     train: Place
-    test: Place | None = Field(default=None)
+    test: Place | None = None
     """None: ``train`` holds both, and ``split`` or ``held_out`` parts them."""
-    split: str | None = Field(default=None)
+    split: str | None = None
     """Column that says "train" or "test" of each row."""
     held_out: float | None = Field(default=None, gt=0, le=0.5)
     """Share of the rows that are tested on and not trained on, drawn once and for all."""
@@ -89,19 +89,19 @@ class Data(_Table):
     """row: the rows of the one source. class: rows of the first source, each with random rows of the others of its class."""
     random_offset: tuple[str, ...] = ()
     """Text modalities placed at random inside their length, anew each epoch."""
-    random_flip: tuple[str, ...] = Field(default=())
+    random_flip: tuple[str, ...] = ()
     """Image modalities mirrored left to right in half of the rows, drawn anew each epoch."""
     random_shift: dict[str, PositiveInt] = Field(default={})
     """Image modalities moved by up to so many pixels in each direction, drawn anew each epoch."""
-    rows: Literal["all", "complete"] = Field(default="all")
+    rows: Literal["all", "complete"] = "all"
     """Training rows: all with what each has, or only those that lack nothing. All test rows are tested on either way."""
     class_names: tuple[str, ...] | None = None
     """In the order of the label numbers. None: the names that the sources give."""
     rows_per_epoch: PositiveInt | None = None
     """Training rows an epoch takes, drawn anew each time. None: all."""
-    bad_values: Literal["fail", "absent"] = Field(default="fail")
+    bad_values: Literal["fail", "absent"] = "fail"
     """A value that cannot be read ends the run before it begins, or counts as absent, with a warning."""
-    max_vocabulary: PositiveInt = Field(default=2000)
+    max_vocabulary: PositiveInt = 2000
     """Words that a text learns at most, the most frequent ones."""
     memory_mb: PositiveInt = MOST_BYTES >> 20
     """Decoded values of one modality that take more lie in a file in ``TMPDIR``, and training reads its batches from there."""
@@ -139,7 +139,7 @@ class Stage(_Table):
     weight_decay: float = Field(default=0, ge=0)
     """Share of every weight lost a step, times the learning rate (Loshchilov & Hutter 2019): for few rows, against learning
     them by heart."""
-    accumulate: PositiveInt = Field(default=1)
+    accumulate: PositiveInt = 1
     """Passes that a batch is shared between, one after the other, where it does not fit into memory at once."""
 
 
@@ -182,7 +182,8 @@ class Align(Stage):
     equation 6): the joint encoder keeps to what each modality can tell. 0: only the students move."""
     divergence: Divergence = "forward"
     """forward: KL(teacher || student), which covers all that the teacher allows. reverse: KL(student || teacher), which keeps
-    to where the teacher is sure. none: no teacher; what is drawn to reconstruct learns by its own ELBO, of all modalities."""
+    to where the teacher is sure. none: no teacher; what is drawn to reconstruct learns by its own ELBO, of all modalities,
+    and ``pull`` wants to be 0."""
 
     @model_validator(mode="after")
     def _students_learn(self) -> "Align":
@@ -199,7 +200,7 @@ class Config(_Table):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     version: str = Field(default="1", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")
-    model: Model = Field(default="concord")
+    model: Model = "concord"
     """Ours, or a rival on the same terms (``baselines``)."""
     seed: NonNegativeInt = 0
     threads: PositiveInt | None = None
@@ -212,6 +213,11 @@ class Config(_Table):
     joint: Joint = Joint()
     refiner: Refiner = Refiner()
     align: Align = Align()
+
+    @property
+    def epochs(self) -> int:
+        """Of all stages."""
+        return self.joint.epochs + self.refiner.epochs + self.align.epochs
 
     @property
     def thread_count(self) -> int:

@@ -69,8 +69,8 @@ def align_loss(
         subsets = torch.cat((subsets[:singles], subsets[others]))
     divergences, students = alignment(vae, batch, refined.posterior, subsets, reverse=settings.divergence == "reverse")
     if settings.divergence != "none":
-        weights = torch.where(subsets.sum(1) > 1, settings.several, 1.0)
-        loss = loss + vae.beta * (weights @ divergences).mean()
+        weights = torch.where(subsets.sum(1) > 1, settings.several, 1.0).unsqueeze(1)
+        loss = loss + vae.beta * (weights * divergences).sum(0).mean()  # autocast would round a product of matrices
     figures["align"] = divergences.mean()
     if settings.pull:
         alone = students[: len(vae.modalities)]

@@ -93,6 +93,21 @@ def test_data_may_lie_elsewhere(write_config: Any, digits_folder: Path, tmp_path
     assert result.exit_code == 0, result.output
 
 
+def test_a_seed_of_its_own(write_config: Any, tmp_path: Path) -> None:
+    stage = {"epochs": 1, "batch_size": 60}
+    config = write_config(tmp_path / "c.toml", joint=stage, refiner={**stage, "steps": 1}, align=stage)
+    options = [str(config), "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, ["fit", *options, "--seed", "7"])
+    assert result.exit_code == 0, result.output
+    hint = result.stdout.rpartition("python -m training ")[2].split()
+    assert hint[-2:] == ["--seed", "7"]
+    assert "another configuration" in refused("export", *options)
+    result = CliRunner().invoke(app, hint)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "bundle" / "manifest.json").exists()
+    assert CliRunner().invoke(app, ["fit", *options, "--seed", "-1"]).exit_code == 2
+
+
 def test_fresh_starts_over_and_removes_runs_only(write_config: Any, finished: Any, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     stage = {"epochs": 1, "batch_size": 60}

@@ -114,6 +114,18 @@ def test_subsets_of_several_weigh_what_they_are_told(vae: MultimodalVAE, batch: 
     torch.testing.assert_close(one - half, 0.5 * vae.beta * several.sum(0).mean(), rtol=1e-4, atol=1e-4)
 
 
+def test_weighing_keeps_full_precision_where_networks_do_not(vae: MultimodalVAE, batch: Batch) -> None:
+    """A tenth is no number that bfloat16 has."""
+    with torch.autocast("cpu", torch.bfloat16):
+        one, tenth = (
+            align_loss(vae, batch, seeded(), REFINER, config.Align(reconstruction=0, pull=0, several=w))[0] for w in (1.0, 0.1)
+        )
+        start = vae.joint(batch.arrays, batch.present)
+        teacher = stages.refine(vae, batch, start, antithetic(seeded().normal(1, vae.latent)), REFINER.steps).posterior
+        several = stages.alignment(vae, batch, teacher, every_subset(4)[4:])[0]
+    torch.testing.assert_close(one - tenth, 0.9 * vae.beta * several.sum(0).mean(), rtol=1e-5, atol=1e-4)
+
+
 def test_reconstruction_teaches_decoders_or_not(vae: MultimodalVAE, batch: Batch) -> None:
     """The encoder learns the same either way."""
     through, around = (

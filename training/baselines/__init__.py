@@ -30,8 +30,7 @@ MODELS: dict[str, type[ExpertRival] | type[JNF]] = {
 
 def stages(rival: Generative, settings: config.Config) -> list[Stage]:
     """One stage with the epochs of all of ours; of JNF's two, the joint VAE has half of them and the flows the rest."""
-    joint, align = settings.joint, settings.align
-    epochs = joint.epochs + settings.refiner.epochs + align.epochs
+    joint, align, epochs = settings.joint, settings.align, settings.epochs
     if isinstance(rival, JNF):
         first = joint.model_copy(update={"epochs": epochs // 2})
         second = align.model_copy(update={"epochs": epochs - epochs // 2})
