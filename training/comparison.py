@@ -104,7 +104,7 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
 
     ``rows`` has one entry a model or variant and seed, with ``status`` done, failed (and ``error``) or missing; ``models`` the
     mean and the standard deviation of the figures over the seeds that are done, of one seed no deviation. Other rows stay
-    where configuration, budget and number of test rows are the same.
+    where their configuration, the budget and the number of test rows are the same.
 
     Args:
         folder: of the data, see ``data.load``.
@@ -129,7 +129,7 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
         "test_rows": plan.test_rows,
         "frechet_features": frechet.FEATURES,
     }
-    rows = _kept(file, head)
+    rows = _kept(plan, file, head)
     asked = [(name, seed) for seed, name in itertools.product(plan.seeds, plan.names)]
     for name, seed in asked:
         rows[name, seed] = {**plan.head(name, seed), "status": "missing"}
@@ -167,12 +167,23 @@ def _aggregate(values: Sequence[Any], statistic: Callable[[Sequence[float]], flo
     return statistic(values) if all(isinstance(value, int | float) for value in values) else None
 
 
-def _kept(file: Path, head: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+def _kept(plan: Plan, file: Path, head: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows that running them again would not change; of variants outside the plan, those beside the same configuration."""
     if not file.exists():
         return {}
     content = json.loads(file.read_text())
-    same = all(content.get(key) == head[key] for key in ("config_sha256", "budget", "test_rows"))
-    return {(name_of(row), row["seed"]): row for row in content["rows"]} if same else {}
+    if any(content.get(key) != head[key] for key in ("budget", "test_rows")):
+        return {}
+    same: bool = content.get("config_sha256") == head["config_sha256"]
+    rows = {(name_of(row), row["seed"]): row for row in content["rows"]}
+
+    def stays(name: str, row: dict[str, Any]) -> bool:
+        if "variant" in row and name not in plan.names:
+            return same
+        ran: str | None = row.get("config_sha256")  # of a row that did not end there is none
+        return same if ran is None else ran == plan.settings(name, row["seed"]).sha256
+
+    return {(name, seed): row for (name, seed), row in rows.items() if stays(name, row)}
 
 
 def _publish_grids(plan: Plan, out: Path, results: Path) -> None:

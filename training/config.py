@@ -162,7 +162,7 @@ class Refiner(Stage):
     """The same in the bundle, where fewer rows can pay for steadier steps."""
 
 
-Divergence = Literal["forward", "reverse", "none"]
+Divergence = Literal["forward", "reverse", "both", "none"]
 
 
 class Align(Stage):
@@ -182,8 +182,8 @@ class Align(Stage):
     equation 6): the joint encoder keeps to what each modality can tell. 0: only the students move."""
     divergence: Divergence = "forward"
     """forward: KL(teacher || student), which covers all that the teacher allows. reverse: KL(student || teacher), which keeps
-    to where the teacher is sure. none: no teacher; what is drawn to reconstruct learns by its own ELBO, of all modalities,
-    and ``pull`` wants to be 0."""
+    to where the teacher is sure. both: their mean. none: no teacher; what is drawn to reconstruct learns by its own ELBO, of
+    all modalities, and ``pull`` wants to be 0."""
 
     @model_validator(mode="after")
     def _students_learn(self) -> "Align":
@@ -227,8 +227,12 @@ class Config(_Table):
     @property
     def sha256(self) -> str:
         """Of all that is not the default: two files that mean the same have the same hash, and an option that came later, and
-        is not used, changes none."""
+        is not used, changes none. What only ours has is not in a rival's."""
         content = self.model_dump(mode="json", exclude_defaults=True)
+        if self.model != "concord":
+            for stage in {"refiner", "align"} & content.keys():
+                shared = {name: value for name, value in content.pop(stage).items() if name in Stage.model_fields}
+                content |= {stage: shared} if shared else {}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="after")

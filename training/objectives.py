@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.vae.gaussian import Gaussian, kl, sample, standard_like
 from model.vae.multimodal import MultimodalVAE
+from training.config import Divergence
 from training.data import Batch
 
 
@@ -69,24 +70,34 @@ def alignment(
     batch: Batch,
     teacher: Gaussian,
     subsets: Bool[Tensor, "subset modality"],
-    *,
-    reverse: bool = False,
+    divergence: Divergence = "forward",
 ) -> tuple[Float[Tensor, "subset batch"], list[Gaussian]]:
-    """KL(teacher || q(z | x_S)) for every subset, and the students q.
+    """The divergence between the teacher and q(z | x_S) for every subset, and the students q.
 
-    Teacher first: the student covers all that the teacher allows, and where it lacks evidence matches the teacher's moments
-    on average. ``reverse``: KL(q(z | x_S) || teacher). A row contributes where it has some of the subset's modalities; the
-    term is zero elsewhere.
+    ``forward``: KL(teacher || student). The student covers all that the teacher allows, and where it lacks evidence matches the
+    teacher's moments on average. ``reverse``: KL(student || teacher). ``both``: their mean, half of Jeffreys' divergence. A row
+    contributes where it has some of the subset's modalities; the term is zero elsewhere.
     """
+    teacher = teacher.detach()
     features = vae.aligned.features(batch.arrays, batch.present)
     divergences, students = [], []
     for subset in subsets:
         seen = batch.present & subset
         student = vae.aligned.fuse(features, seen)
-        divergence = kl(student, teacher.detach()) if reverse else kl(teacher.detach(), student)
-        divergences.append(torch.where(seen.any(1), divergence, torch.zeros_like(divergence)))
+        apart = _apart(teacher, student, divergence)
+        divergences.append(torch.where(seen.any(1), apart, torch.zeros_like(apart)))
         students.append(student)
     return torch.stack(divergences), students
+
+
+def _apart(teacher: Gaussian, student: Gaussian, divergence: Divergence) -> Float[Tensor, " batch"]:
+    match divergence:
+        case "reverse":
+            return kl(student, teacher)
+        case "both":
+            return (kl(teacher, student) + kl(student, teacher)) / 2
+        case _:
+            return kl(teacher, student)
 
 
 def every_subset(modalities: int) -> Bool[Tensor, "subset modality"]:

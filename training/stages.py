@@ -67,7 +67,7 @@ def align_loss(
         singles = len(vae.modalities)
         others = noise.order(len(subsets) - singles)[: MAX_SUBSETS - singles] + singles
         subsets = torch.cat((subsets[:singles], subsets[others]))
-    divergences, students = alignment(vae, batch, refined.posterior, subsets, reverse=settings.divergence == "reverse")
+    divergences, students = alignment(vae, batch, refined.posterior, subsets, settings.divergence)
     if settings.divergence != "none":
         weights = torch.where(subsets.sum(1) > 1, settings.several, 1.0).unsqueeze(1)
         loss = loss + vae.beta * (weights * divergences).sum(0).mean()  # autocast would round a product of matrices

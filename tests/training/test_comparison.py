@@ -157,6 +157,29 @@ def test_variants_are_rows_of_their_own_names(compared: Any, tmp_path: Path, mon
     assert "tiny-reversed, seed 0: failed: not today" in result.stdout
 
 
+def test_rows_stay_where_running_them_again_would_change_nothing(
+    compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, *_ = compared
+    (tmp_path / "tiny-40.json").write_bytes((folder / "results" / "tiny-40.json").read_bytes())
+    monkeypatch.setattr(comparison, "_isolated", lambda *_: "not today")
+    options = ["--test-rows", "8", "--rows-per-epoch", "40", "--out", str(folder / "runs"), "--results", str(tmp_path)]
+
+    def rows(changed: str) -> dict[tuple[str, int], str]:
+        other = folder / "changed.toml"
+        other.write_text(f'extends = "tiny.toml"\nname = "tiny"\n{changed}')
+        result = CliRunner().invoke(app, ["compare", str(other), "--models", "jmvae", "--seeds", "7", *options])
+        assert result.exit_code == 0, result.output
+        content = json.loads((tmp_path / "tiny-40.json").read_text())
+        return {(row["model"], row["seed"]): row["status"] for row in content["rows"]}
+
+    new = {("jmvae", 7): "failed"}
+    known = rows("")
+    assert {("concord", 0), ("mvae", 0), ("jmvae", 7)} <= known.keys()
+    assert rows('[align]\ndivergence = "reverse"\n') == {("mvae", 0): "done"} | new  # a rival knows no such thing
+    assert rows("[objective]\nbeta = 3\n") == new
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -112,13 +112,16 @@ def test_alignment_is_the_kl_to_each_student(vae: MultimodalVAE, batch: Batch) -
         torch.testing.assert_close(divergence, torch.where(seen.any(1), kl_divergence(p, q), torch.zeros(ROWS)))
 
 
-def test_alignment_can_be_reversed(vae: MultimodalVAE, batch: Batch) -> None:
+def test_alignment_goes_student_first_or_both_ways(vae: MultimodalVAE, batch: Batch) -> None:
     teacher, subsets = start(), every_subset(4)
-    divergences, students = alignment(vae, batch, teacher, subsets, reverse=True)
+    forward, _ = alignment(vae, batch, teacher, subsets)
+    divergences, students = alignment(vae, batch, teacher, subsets, "reverse")
     for subset, divergence, student in zip(subsets, divergences, students, strict=True):
         q, p = (Independent(Normal(g.mean, (g.log_var / 2).exp()), 1) for g in (student, teacher))
         seen = (batch.present & subset).any(1)
         torch.testing.assert_close(divergence, torch.where(seen, kl_divergence(q, p), torch.zeros(ROWS)))
+    both, _ = alignment(vae, batch, teacher, subsets, "both")
+    torch.testing.assert_close(both, (forward + divergences) / 2)
 
 
 def test_rows_without_the_subset_teach_nothing(vae: MultimodalVAE, batch: Batch) -> None:
