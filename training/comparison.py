@@ -139,7 +139,8 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
     for done, (name, seed) in enumerate(asked, start=1):
         progress.say(f"{name}, seed {seed}: {done} of {len(asked)}")
         rows[name, seed] = {**_row(plan, name, seed, folder, out), **plan.head(name, seed)}
-        content = {**head, "data": _data(rows.values()), "rows": list(rows.values()), "models": summary(list(rows.values()))}
+        content = {**head, "data": _shared("data", rows.values()), "judges": _shared("judges", rows.values())}
+        content |= {"rows": list(rows.values()), "models": summary(list(rows.values()))}
         results.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(content, indent=1) + "\n")
     _publish_grids(plan, out, results)
@@ -193,13 +194,14 @@ def _publish_grids(plan: Plan, out: Path, results: Path) -> None:
             shutil.copyfile(grid, results / f"{plan.name}-grid-{model}.png")
 
 
-def _data(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was read, said once for all rows; a row that read other data counts as failed."""
-    found: list[dict[str, Any]] = []
+def _shared(what: str, rows: Iterable[dict[str, Any]]) -> Any:
+    """What was read, or what the judges make of the real rows, said once for all; where another row has another it counts as
+    failed: its figures cannot be held against theirs."""
+    found = None
     for row in rows:
-        found = found or row.get("data", [])
-        if row.get("data", found) != found:
-            row.update(status="failed", error="was run on other data: remove its folder to run it again")
+        found = found or row.get(what)
+        if row.get(what, found) != found:
+            row.update(status="failed", error=f"was run with other {what}: remove its folder to run it again")
     return found
 
 
@@ -211,16 +213,16 @@ def _row(plan: Plan, name: str, seed: int, folder: Path | None, out: Path) -> di
         row: dict[str, Any] = json.loads(file.read_text())
         if all(row[key] == value for key, value in told.items()):
             return row
-    if error := _isolated(_run, path, settings, folder, out, plan.test_rows):
+    if error := _isolated(_run, path, settings, plan.config, folder, out, plan.test_rows):
         return {"status": "failed", "error": error}
     return dict(json.loads(file.read_text()))
 
 
-def _run(path: Path, settings: Config, folder: Path | None, out: Path, test_rows: int) -> None:
+def _run(path: Path, settings: Config, whole: Config, folder: Path | None, out: Path, test_rows: int) -> None:
     train, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
     run, progress = Run(path, settings), Progress()
     model = load(settings, train, run) or fit(settings, train, run, progress)
-    who = judges(settings, train, out, progress)
+    who = judges(whole, data.load(whole, "train", folder), out, progress)  # there already, whatever the budget of the run
     figures = evaluate(settings, model, train, test, progress)
     figures |= measure(settings, model, test, who, test_rows, progress)
     draw_grid(model, examples(test)).save(path / GRID, optimize=True)

@@ -68,8 +68,8 @@ class WordJudge:
 def judges(config: Config, train: Dataset, folder: Path, progress: Progress) -> dict[str, Judge]:
     """A judge for every image, and for every text that is read from the label column; by modality. Others have none.
 
-    Image judges are fitted to the training rows and kept in ``folder``; there they are read again while data, modality and code
-    of the judge are the same.
+    Image judges are fitted to the training rows and kept in ``folder``; there they are read again while data, number of rows,
+    modality and code of the judge are the same.
 
     Raises:
         DataError: the classes have no names, or the rows no labels.
@@ -84,7 +84,7 @@ def judges(config: Config, train: Dataset, folder: Path, progress: Progress) -> 
             told = {
                 "modality": modality.model_dump(mode="json"),
                 "data": [source.sha256 for source in train.sources],
-                "fitted": [FEATURES, WIDTH, EPOCHS, BATCH_ROWS, LEARNING_RATE],
+                "fitted": [FEATURES, WIDTH, EPOCHS, train.steps_per_epoch(BATCH_ROWS), BATCH_ROWS, LEARNING_RATE],
             }
             found[modality.name] = _image_judge(modality, classes, train, folder / f"judge-{modality.name}.pt", told, progress)
         elif isinstance(modality, TextModality) and modality.name in named:

@@ -59,9 +59,12 @@ def test_judges_are_kept_until_something_changes(fitted: Any, monkeypatch: pytes
     assert asked == []
     for name in ("digit", "photo"):
         assert all(torch.equal(a, b) for a, b in zip(again[name].parameters(), found[name].parameters(), strict=True))  # type: ignore[attr-defined]
-    monkeypatch.setattr(judge, "EPOCHS", 41)
-    judges(settings, train, folder / "..", Progress())
+    fewer = settings.model_copy(update={"data": settings.data.model_copy(update={"rows_per_epoch": 20})})
+    judges(fewer, data.load(fewer, "train"), folder, Progress())
     assert asked == ["digit", "photo"]
+    monkeypatch.setattr(judge, "EPOCHS", 41)
+    judges(settings, train, folder, Progress())
+    assert asked == ["digit", "photo"] * 2
 
 
 def test_rows_without_classes_cannot_be_judged(fitted: Any, tmp_path: Path) -> None:
