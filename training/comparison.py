@@ -223,7 +223,7 @@ def _run(path: Path, settings: Config, whole: Config, folder: Path | None, out: 
     run, progress = Run(path, settings), Progress()
     model = load(settings, train, run) or fit(settings, train, run, progress)
     who = judges(whole, data.load(whole, "train", folder), out, progress)  # there already, whatever the budget of the run
-    figures = evaluate(settings, model, train, test, progress)
+    figures = evaluate(settings, model, train, test, progress, refined_rows=test_rows)
     figures |= measure(settings, model, test, who, test_rows, progress)
     draw_grid(model, examples(test)).save(path / GRID, optimize=True)
     cost = run.cost()

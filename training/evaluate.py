@@ -31,12 +31,14 @@ RETRIEVAL_ROWS = 1000  # of a gallery, at most
 ATTRIBUTE_SAMPLES = 32  # of a posterior
 
 
-def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, progress: Progress) -> dict[str, Any]:
+def evaluate(
+    config: Config, vae: Generative, train: Dataset, test: Dataset, progress: Progress, *, refined_rows: int | None = None
+) -> dict[str, Any]:
     """All figures, by name; JSON values.
 
     ``probe``: accuracy of a linear probe on the posterior means, by subset and on the joint encoder's means, among the rows
     that have a label and some of the subset; left out where these rows know fewer than two classes. Of ours alone:
-    ``refinement``: of rows as they are, from the aligned posterior, as the service refines: the mean ELBO by step with the
+    ``refinement``: of the first ``refined_rows`` test rows (None: all; in whole batches) as they are, from the aligned posterior, as the service refines: the mean ELBO by step with the
     noise that is climbed, and judged with fresh noise before and after the trained number of steps; ``raised`` is the share
     of rows whose ELBO rises, with either noise. ``joint`` is the mean ELBO of the joint encoder's own posterior.
 
@@ -60,7 +62,7 @@ def evaluate(config: Config, vae: Generative, train: Dataset, test: Dataset, pro
     if config.data.pairing == "row":
         figures |= across(vae, test)
     if isinstance(vae, MultimodalVAE):
-        figures["refinement"] = _refinement(config, vae, test, progress)
+        figures["refinement"] = _refinement(config, vae, test, progress, len(test) if refined_rows is None else refined_rows)
     return figures
 
 
@@ -157,13 +159,13 @@ def _means(
     return {name: (torch.cat(means[name]).numpy(), torch.cat(labels[name]).numpy()) for name in means if means[name]}
 
 
-def _refinement(config: Config, vae: MultimodalVAE, test: Dataset, progress: Progress) -> dict[str, Any]:
+def _refinement(config: Config, vae: MultimodalVAE, test: Dataset, progress: Progress, rows: int) -> dict[str, Any]:
     steps, samples = config.refiner.steps, config.refiner.serving_samples
     generator = torch.Generator().manual_seed(config.seed)
     climbed, judged, joint = [], [], []
-    total = test.steps_per_epoch(BATCH_ROWS, shuffle=False)
+    total = min(test.steps_per_epoch(BATCH_ROWS, shuffle=False), -(-rows // BATCH_ROWS))
     with progress.stage("refine", total) as advance, torch.no_grad():
-        for step, batch in enumerate(test.batches(0, BATCH_ROWS, 0, shuffle=False)):
+        for step, batch in zip(range(total), test.batches(0, BATCH_ROWS, 0, shuffle=False), strict=False):
             start = vae.aligned(batch.arrays, batch.present)
             rises, verdict = refined_elbos(vae, batch, start, steps, steps, samples, generator)
             climbed.append(rises)
@@ -175,6 +177,7 @@ def _refinement(config: Config, vae: MultimodalVAE, test: Dataset, progress: Pro
     rises, (before, after) = torch.cat(climbed, dim=1), torch.cat(judged, dim=1)
     best = rises[: steps + 1].amax(0)
     return {
+        "rows": sum(len(part) for part in joint),
         "steps": steps,
         "elbo_by_step": rises.mean(1).tolist(),
         "elbo_before": before.mean().item(),

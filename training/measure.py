@@ -25,7 +25,7 @@ from training.progress import Progress
 from training.sources import UNKNOWN
 
 BATCH_ROWS = 250
-LIKELIHOOD_ROWS, LIKELIHOOD_SAMPLES = 250, 256
+LIKELIHOOD_ROWS, LIKELIHOOD_SAMPLES = 100, 256
 GAP_ROWS = 100
 
 Subsets = Mapping[str, Bool[Tensor, " modality"]]

@@ -34,7 +34,7 @@ def write(file: Path, labels: list[int | None], *, lacking: int = 0) -> None:
     datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
 
 
-def measured(folder: Path, *, label: str | None = "label") -> dict[str, Any]:
+def measured(folder: Path, *, label: str | None = "label", refined_rows: int | None = None) -> dict[str, Any]:
     """Figures of an untrained model on what was written."""
     source = config.Source(
         train="train.parquet", test="test.parquet", columns={"a": "first", "b": "second"}, label=label, licence="none"
@@ -49,7 +49,7 @@ def measured(folder: Path, *, label: str | None = "label") -> dict[str, Any]:
         refiner=config.Refiner(steps=2, samples=2),
     )
     train, test = data.load(settings, "train"), data.load(settings, "test")
-    return evaluate(settings, build(settings, train), train, test, Progress())
+    return evaluate(settings, build(settings, train), train, test, Progress(), refined_rows=refined_rows)
 
 
 def test_figures_are_complete(tmp_path: Path) -> None:
@@ -65,7 +65,16 @@ def test_figures_are_complete(tmp_path: Path) -> None:
     assert len(refinement["elbo_by_step"]) == 1 + 2 + 2
     assert 0 <= refinement["raised_fresh_noise"] <= 1
     assert refinement["raised"] == 1  # small steps along the gradient of what they are judged by
+    assert refinement["rows"] == 30
     assert measured(tmp_path) == figures
+
+
+def test_refinement_can_be_told_of_the_first_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "train.parquet", [0, 1] * 30)
+    write(tmp_path / "test.parquet", [0, 1, 1] * 10)
+    monkeypatch.setattr("training.evaluate.BATCH_ROWS", 10)
+    told = measured(tmp_path, refined_rows=20)
+    assert (told["test_rows"], told["refinement"]["rows"]) == (30, 20)
 
 
 @pytest.mark.parametrize("unknown", [None, -1])
