@@ -38,9 +38,10 @@ def evaluate(
 
     ``probe``: accuracy of a linear probe on the posterior means, by subset and on the joint encoder's means, among the rows
     that have a label and some of the subset; left out where these rows know fewer than two classes. Of ours alone:
-    ``refinement``: of the first ``refined_rows`` test rows (None: all; in whole batches) as they are, from the aligned posterior, as the service refines: the mean ELBO by step with the
-    noise that is climbed, and judged with fresh noise before and after the trained number of steps; ``raised`` is the share
-    of rows whose ELBO rises, with either noise. ``joint`` is the mean ELBO of the joint encoder's own posterior.
+    ``refinement``: of the first ``refined_rows`` test rows (None: all; in whole batches) as they are, from the aligned
+    posterior, as the service refines: the mean ELBO by step with the noise that is climbed, and judged with fresh noise before
+    and after the trained number of steps; ``raised`` is the share of rows whose ELBO rises, with either noise. ``joint`` is the
+    mean ELBO of the joint encoder's own posterior.
 
     Where rows are pairs of their own (``pairing = "row"``), and some have both:
     ``retrieval``: {query: {gallery: {rows, recall@k}}}, by the means of one modality each; by chance recall@k is k / rows.
