@@ -192,6 +192,13 @@ class Align(Stage):
         return self
 
 
+class Refresh(Stage):
+    """Stage 4: the refiner alone, from aligned posteriors as the service starts, beside networks that have come to rest. Its
+    steps fit the decoders of stage 2, and the more epochs stage 3 takes the less they fit any more."""
+
+    epochs: NonNegativeInt = 0
+
+
 Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf"]
 
 
@@ -213,10 +220,11 @@ class Config(_Table):
     joint: Joint = Joint()
     refiner: Refiner = Refiner()
     align: Align = Align()
+    refresh: Refresh = Refresh()
 
     @property
     def epochs(self) -> int:
-        """Of all stages."""
+        """Of the stages that encoders and decoders learn in."""
         return self.joint.epochs + self.refiner.epochs + self.align.epochs
 
     @property
@@ -230,6 +238,7 @@ class Config(_Table):
         is not used, changes none. What only ours has is not in a rival's."""
         content = self.model_dump(mode="json", exclude_defaults=True)
         if self.model != "concord":
+            content.pop("refresh", None)
             for stage in {"refiner", "align"} & content.keys():
                 shared = {name: value for name, value in content.pop(stage).items() if name in Stage.model_fields}
                 content |= {stage: shared} if shared else {}

@@ -1,4 +1,4 @@
-"""The three stages: what each of them minimises. Read with ``objectives``; ``fit`` runs them in this order."""
+"""The stages: what each of them minimises. Read with ``objectives``; ``fit`` runs them in this order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,11 +33,14 @@ class Stage:
 def stages(vae: MultimodalVAE, settings: config.Config) -> list[Stage]:
     """The stages of a configuration."""
     refiner, align = settings.refiner, settings.align
-    return [
+    found = [
         Stage("joint", settings.joint, lambda batch, noise: joint_loss(vae, batch, noise)),
         Stage("refiner", refiner, lambda batch, noise: refiner_loss(vae, batch, noise, refiner)),
         Stage("align", align, lambda batch, noise: align_loss(vae, batch, noise, refiner, align)),
     ]
+    if settings.refresh.epochs and refiner.steps:
+        found.append(Stage("refresh", settings.refresh, lambda batch, noise: refresh_loss(vae, batch, noise, refiner)))
+    return found
 
 
 def joint_loss(vae: MultimodalVAE, batch: Batch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,6 +99,16 @@ def align_loss(
     return loss, figures
 
 
+def refresh_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner) -> tuple[Tensor, dict[str, Tensor]]:
+    """The refiner learns its steps from the aligned posterior; nothing else has a gradient."""
+    with torch.no_grad():
+        start = vae.aligned(batch.arrays, batch.present)
+    refined = _refined(vae, batch, noise, settings, start, learn=True)
+    with torch.no_grad():
+        at_start, at_refined = elbos(vae, batch, [start, refined.posterior], noise.normal(2, vae.latent))
+    return refined.loss.mean() / settings.steps, {"elbo": at_start.mean(), "refined": at_refined.mean()}
+
+
 def _evidence(vae: MultimodalVAE, batch: Batch, z: Float[Tensor, "batch latent"], *, through: bool) -> Float[Tensor, " batch"]:
     """Of one sample a row. Unless ``through``, its gradient reaches the sample alone and no weight of the decoders."""
     if through:
@@ -110,11 +123,16 @@ def _joint_and_refined(
     vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner, *, learn: bool
 ) -> tuple[Tensor, dict[str, Tensor], Gaussian, Refined]:
     start = vae.joint(batch.arrays, batch.present)
-    pairs = settings.samples // 2
-    climbed = antithetic(noise.normal(pairs, vae.latent))
-    judging = [antithetic(noise.normal(pairs, vae.latent)) for _ in range(settings.steps)] if learn else []
-    judges = torch.stack(judging) if judging else None
-    refined = refine(vae, batch, start, climbed, settings.steps, judges)
+    refined = _refined(vae, batch, noise, settings, start, learn=learn)
     at_start, at_refined = elbos(vae, batch, [start, refined.posterior], noise.normal(2, vae.latent))
     loss = -(at_start + at_refined).mean() / 2
     return loss, {"elbo": at_start.mean(), "refined": at_refined.mean()}, start, refined
+
+
+def _refined(
+    vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner, start: Gaussian, *, learn: bool
+) -> Refined:
+    pairs = settings.samples // 2
+    climbed = antithetic(noise.normal(pairs, vae.latent))
+    judging = [antithetic(noise.normal(pairs, vae.latent)) for _ in range(settings.steps)] if learn else []
+    return refine(vae, batch, start, climbed, settings.steps, torch.stack(judging) if judging else None)
