@@ -41,7 +41,7 @@ def train(settings: Config, run: Run) -> Any:
 def numbers(run: Run) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Weights, and metrics but for the times."""
     position, state = run.checkpoint() or pytest.fail("no checkpoint")
-    assert position == Position(3, 0)
+    assert position == Position(4, 0)
     return state["model"], [{k: v for k, v in line.items() if k not in TIMES} for line in run.metrics()]
 
 
@@ -65,7 +65,7 @@ def _frequent() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def settings(make_config: Any) -> Config:
     stage = {"epochs": 4, "batch_size": 15, "learning_rate": 0.01}
-    found: Config = make_config(joint=stage, refiner={**stage, "steps": 1}, align=stage)
+    found: Config = make_config(joint=stage, refiner={**stage, "steps": 1}, align=stage, refresh=stage)
     return found
 
 
@@ -110,7 +110,8 @@ class Fragile(Run):
         [("save", 0, 6, "before"), ("save", 0, 6, "after"), ("log", 0, 16, "after")],
         [("save", 1, 0, "before"), ("save", 1, 0, "after"), ("log", 1, 9, "before"), ("save", 1, 12, "after")],
         [("log", 2, 3, "after"), ("save", 2, 12, "before"), ("log", 2, 16, "after"), ("save", 3, 0, "before")],
-        [("save", 3, 0, "after")],
+        [("save", 3, 0, "after"), ("log", 3, 9, "before"), ("save", 3, 12, "after")],
+        [("save", 4, 0, "after")],
     ],
     ids=str,
 )
@@ -126,7 +127,7 @@ def test_a_crash_changes_nothing(straight: Run, settings: Config, tmp_path: Path
 def test_every_stage_logs_to_its_end(straight: Run) -> None:
     _, metrics = numbers(straight)
     assert [(m["stage"], m["step"]) for m in metrics] == [
-        (name, step) for name in ("joint", "refiner", "align") for step in (3, 6, 9, 12, 15, 16)
+        (name, step) for name in ("joint", "refiner", "align", "refresh") for step in (3, 6, 9, 12, 15, 16)
     ]
     assert metrics[5]["epoch"] == 4
 
@@ -138,7 +139,10 @@ def test_training_helps(straight: Run) -> None:
 
 
 def test_weight_decay_keeps_weights_small(straight: Run, settings: Config, tmp_path: Path) -> None:
-    stages = {name: getattr(settings, name).model_copy(update={"weight_decay": 5.0}) for name in ("joint", "refiner", "align")}
+    stages = {
+        name: getattr(settings, name).model_copy(update={"weight_decay": 5.0})
+        for name in ("joint", "refiner", "align", "refresh")
+    }
     other = settings.model_copy(update=stages)
     run = Run(tmp_path, other)
     train(other, run)
@@ -186,14 +190,14 @@ def test_the_aligned_encoder_starts_from_the_joint_one(
     honest, seen = fit.stages, []
 
     def watched(vae: Any, plan: Config) -> list[Any]:
-        *others, align = honest(vae, plan)
+        *before, align, after = honest(vae, plan)
 
         def loss(batch: Any, generator: torch.Generator) -> Any:
             pairs = zip(vae.aligned.parameters(), vae.joint.parameters(), strict=True)
             seen.append(all(torch.equal(aligned, joint) for aligned, joint in pairs))
             return align.loss(batch, generator)
 
-        return [*others, type(align)(align.name, align.settings, loss)]
+        return [*before, type(align)(align.name, align.settings, loss), after]
 
     monkeypatch.setattr(fit, "stages", watched)
     train(settings, Run(tmp_path, settings))

@@ -13,7 +13,7 @@ from training import config, stages
 from training.data import Batch
 from training.objectives import every_subset
 from training.parallel import Noise
-from training.stages import align_loss, joint_loss, refiner_loss
+from training.stages import align_loss, joint_loss, refiner_loss, refresh_loss
 
 ROWS = 6
 REFINER = config.Refiner(steps=2, samples=2)
@@ -22,6 +22,7 @@ LOSSES: dict[str, Loss] = {
     "joint": joint_loss,
     "refiner": lambda vae, batch, noise: refiner_loss(vae, batch, noise, REFINER),
     "align": lambda vae, batch, noise: align_loss(vae, batch, noise, REFINER, config.Align(reconstruction=0.5)),
+    "refresh": lambda vae, batch, noise: refresh_loss(vae, batch, noise, REFINER),
 }
 
 
@@ -47,11 +48,17 @@ def slopes(vae: MultimodalVAE, loss: Tensor, part: str) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
-def test_three_stages_in_their_order(vae: MultimodalVAE, make_config: Any) -> None:
+def test_three_stages_in_their_order_and_a_fourth_on_demand(vae: MultimodalVAE, make_config: Any) -> None:
     settings = make_config()
     plan = stages.stages(vae, settings)
     assert [stage.name for stage in plan] == ["joint", "refiner", "align"]
     assert [stage.settings for stage in plan] == [settings.joint, settings.refiner, settings.align]
+    again = {"epochs": 1, "batch_size": 7}
+    settings = make_config(refresh=again)
+    assert [stage.name for stage in stages.stages(vae, settings)] == ["joint", "refiner", "align", "refresh"]
+    assert stages.stages(vae, settings)[-1].settings == settings.refresh
+    nothing_to_learn = make_config(refresh=again, refiner={"steps": 0})
+    assert [stage.name for stage in stages.stages(vae, nothing_to_learn)] == ["joint", "refiner", "align"]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,7 @@ def test_three_stages_in_their_order(vae: MultimodalVAE, make_config: Any) -> No
         ("joint", {"joint", "decoders"}),
         ("refiner", {"joint", "decoders", "refiner"}),
         ("align", {"joint", "decoders", "aligned"}),
+        ("refresh", {"refiner"}),
     ],
 )
 def test_who_learns(vae: MultimodalVAE, batch: Batch, name: str, taught: set[str]) -> None:
@@ -78,7 +86,7 @@ def test_losses_are_finite_and_depend_on_the_seed_alone(vae: MultimodalVAE, batc
 
 
 def test_stages_are_wired_to_their_losses(vae: MultimodalVAE, batch: Batch, make_config: Any) -> None:
-    settings = make_config(refiner={"steps": 2, "samples": 2}, align={"reconstruction": 0.5})
+    settings = make_config(refiner={"steps": 2, "samples": 2}, align={"reconstruction": 0.5}, refresh={"epochs": 1})
     for stage in stages.stages(vae, settings):
         assert torch.equal(stage.loss(batch, seeded())[0], LOSSES[stage.name](vae, batch, seeded())[0])
 
@@ -171,6 +179,27 @@ def test_decoders_serve_refined_posteriors_too(vae: MultimodalVAE, batch: Batch)
     _, figures = refiner_loss(vae, batch, seeded(), REFINER)
     assert any(bool(g.any()) for g in slopes(vae, figures["refined"], "decoders"))
     assert not any(bool(g.any()) for g in slopes(vae, figures["refined"], "joint"))
+
+
+def test_the_refiner_learns_to_climb_from_where_the_service_starts(vae: MultimodalVAE, batch: Batch) -> None:
+    with torch.no_grad():
+        start = vae.aligned(batch.arrays, batch.present)
+        for parameter in vae.refiner.parameters():
+            parameter.zero_()  # rates that suit nothing
+        vae.refiner.rates[-1].bias.fill_(-9.0)
+
+    def gain() -> float:
+        found = [refresh_loss(vae, batch, seeded(seed), REFINER)[1] for seed in range(20)]
+        return float(torch.stack([figures["refined"] - figures["elbo"] for figures in found]).mean())
+
+    before, (elbo, *_) = gain(), stages.elbos(vae, batch, [start], seeded().normal(1, vae.latent))
+    optimizer = torch.optim.Adam(vae.parameters(), lr=0.1)
+    for seed in range(100, 160):
+        optimizer.zero_grad()
+        refresh_loss(vae, batch, seeded(seed), REFINER)[0].backward()
+        optimizer.step()
+    assert gain() > before + 1
+    assert torch.equal(stages.elbos(vae, batch, [start], seeded().normal(1, vae.latent))[0], elbo), "nothing else has moved"
 
 
 def test_many_modalities_align_some_subsets_at_a_time(
