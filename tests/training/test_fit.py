@@ -245,12 +245,12 @@ def test_a_damaged_checkpoint_is_told(settings: Config, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_both_precisions_train(make_config: Any, tmp_path: Path, precision: str) -> None:
-    settings = make_config(precision=precision)
+    settings = make_config(precision=precision, refresh={"epochs": 2, "batch_size": 20})
     run = Run(tmp_path, settings)
     assert not train(settings, run).training
     weights, metrics = numbers(run)
     assert all(weight.dtype == torch.float32 for weight in weights.values())
-    assert len(metrics) == 6
+    assert len(metrics) == 8
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
@@ -292,6 +292,7 @@ def test_a_process_killed_again_and_again_ends_with_the_same_numbers(
         "joint": {**long, "epochs": 15},  # 225 steps
         "refiner": {**long, "epochs": 4, "steps": 1},  # 60
         "align": {**long, "epochs": 10},  # 150: the last signal must find it at work, on a busy machine too
+        "refresh": {**long, "epochs": 1},
     }
     settings = make_config(**changes)
     with pytest.MonkeyPatch.context() as patch:
