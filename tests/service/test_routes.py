@@ -88,7 +88,7 @@ def test_the_seed_alone_decides_a_sample(client: httpx.Client) -> None:
     assert np.abs(np.subtract(draw(3), embed(client, {"word": "two"})["data"][0]["embedding"])).max() > 1e-2
 
 
-@pytest.mark.parametrize(("subset", "objective"), [(("word",), "observed"), (("digit", "photo", "word"), "elbo")])
+@pytest.mark.parametrize(("subset", "objective"), [(("digit",), "observed"), (("digit", "photo", "word"), "elbo")])
 def test_refinement_tells_what_it_did(
     client: httpx.Client, values: dict[str, str], subset: tuple[str, ...], objective: str
 ) -> None:
@@ -211,7 +211,7 @@ def test_options_in_the_query_go_with_json_too(client: httpx.Client) -> None:
     assert set(_ok(response)["data"][0]["generated"]) == {"digit", "photo"}
 
 
-@pytest.mark.parametrize("name", ["digit", "digits@2", "digits@", "../../etc/passwd", ""])
+@pytest.mark.parametrize("name", ["digit", "digits@0", "digits@", "../../etc/passwd", ""])
 def test_an_unknown_model(client: httpx.Client, name: str) -> None:
     response = client.post("/embed", json={"model": name, "inputs": [{"word": "one"}]})
     assert (response.status_code, response.json()["code"]) == (404, "unknown_model")
