@@ -12,7 +12,7 @@ import multiprocessing
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +104,7 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
 
     ``rows`` has one entry a model or variant and seed, with ``status`` done, failed (and ``error``) or missing; ``models`` the
     mean and the standard deviation of the figures over the seeds that are done, of one seed no deviation. Other rows stay
-    where their configuration, the budget and the number of test rows are the same.
+    where their configuration, the budget, the number of test rows, the data and the judges are the same.
 
     Args:
         folder: of the data, see ``data.load``.
@@ -139,8 +139,8 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
     for done, (name, seed) in enumerate(asked, start=1):
         progress.say(f"{name}, seed {seed}: {done} of {len(asked)}")
         rows[name, seed] = {**_row(plan, name, seed, folder, out), **plan.head(name, seed)}
-        content = {**head, "data": _shared("data", rows.values()), "judges": _shared("judges", rows.values())}
-        content |= {"rows": list(rows.values()), "models": summary(list(rows.values()))}
+        shared = {what: _shared(what, rows, asked) for what in ("data", "judges")}
+        content = {**head, **shared, "rows": list(rows.values()), "models": summary(list(rows.values()))}
         results.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(content, indent=1) + "\n")
     _publish_grids(plan, out, results)
@@ -194,14 +194,19 @@ def _publish_grids(plan: Plan, out: Path, results: Path) -> None:
             shutil.copyfile(grid, results / f"{plan.name}-grid-{model}.png")
 
 
-def _shared(what: str, rows: Iterable[dict[str, Any]]) -> Any:
-    """What was read, or what the judges make of the real rows, said once for all; where another row has another it counts as
-    failed: its figures cannot be held against theirs."""
+def _shared(what: str, rows: dict[tuple[str, int], dict[str, Any]], asked: Sequence[tuple[str, int]]) -> Any:
+    """What the rows have in common: the data, or what the judges make of the real rows. Figures of others cannot be held
+    against theirs: a row that was asked for counts as failed, one that was only kept is left out."""
     found = None
-    for row in rows:
+    for key in sorted(rows, key=lambda key: key not in asked):
+        row = rows[key]
         found = found or row.get(what)
-        if row.get(what, found) != found:
+        if row.get(what, found) == found:
+            continue
+        if key in asked:
             row.update(status="failed", error=f"was run with other {what}: remove its folder to run it again")
+        else:
+            del rows[key]
     return found
 
 
@@ -222,7 +227,8 @@ def _run(path: Path, settings: Config, whole: Config, folder: Path | None, out: 
     train, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
     run, progress = Run(path, settings), Progress()
     model = load(settings, train, run) or fit(settings, train, run, progress)
-    who = judges(whole, data.load(whole, "train", folder), out, progress)  # there already, whatever the budget of the run
+    everything = train if settings.data == whole.data else data.load(whole, "train", folder)
+    who = judges(whole, everything, out, progress)  # fitted already, whatever the budget of the run
     figures = evaluate(settings, model, train, test, progress, refined_rows=test_rows)
     figures |= measure(settings, model, test, who, test_rows, progress)
     draw_grid(model, examples(test)).save(path / GRID, optimize=True)

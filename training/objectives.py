@@ -72,7 +72,7 @@ def alignment(
     subsets: Bool[Tensor, "subset modality"],
     divergence: Divergence = "forward",
 ) -> tuple[Float[Tensor, "subset batch"], list[Gaussian]]:
-    """The divergence between the teacher and q(z | x_S) for every subset, and the students q.
+    """The divergence between the teacher and q(z | x_S) for every subset, in nats, and the students q.
 
     ``forward``: KL(teacher || student). The student covers all that the teacher allows, and where it lacks evidence matches the
     teacher's moments on average. ``reverse``: KL(student || teacher). ``both``: their mean, half of Jeffreys' divergence. A row

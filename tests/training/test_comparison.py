@@ -87,10 +87,11 @@ def test_figures_of_every_model(compared: Any) -> None:
 def test_rows_that_others_judged_are_not_held_against_these(compared: Any) -> None:
     *_, content = compared
     assert content["judges"] == content["rows"][0]["judges"]
-    rows = [{"status": "done", "judges": {"digit": accuracy}} for accuracy in (0.9, 0.9, 0.8)]
-    assert comparison._shared("judges", [{"status": "missing"}, *rows]) == {"digit": 0.9}
-    assert [row["status"] for row in rows] == ["done", "done", "failed"]
-    assert rows[2]["error"] == "was run with other judges: remove its folder to run it again"
+    told: list[dict[str, Any]] = [{"status": "done", "judges": {"digit": accuracy}} for accuracy in (0.8, 0.9, 0.9, 0.8)]
+    rows = {("mvae", seed): row for seed, row in enumerate([*told, {"status": "missing"}])}
+    assert comparison._shared("judges", rows, [("mvae", seed) for seed in (2, 3, 4)]) == {"digit": 0.9}
+    assert {seed: row["status"] for (_, seed), row in rows.items()} == {1: "done", 2: "done", 3: "failed", 4: "missing"}
+    assert rows["mvae", 3]["error"] == "was run with other judges: remove its folder to run it again"
 
 
 def test_means_and_deviations_over_seeds(compared: Any) -> None:
