@@ -181,9 +181,19 @@ def test_decoders_serve_refined_posteriors_too(vae: MultimodalVAE, batch: Batch)
     assert not any(bool(g.any()) for g in slopes(vae, figures["refined"], "joint"))
 
 
-def test_the_refiner_learns_to_climb_from_where_the_service_starts(vae: MultimodalVAE, batch: Batch) -> None:
+def test_the_refiner_learns_to_climb_from_where_the_service_starts(
+    vae: MultimodalVAE, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.no_grad():
         start = vae.aligned(batch.arrays, batch.present)
+    honest, starts = stages.refine, []
+
+    def watch(*given: Any) -> Any:
+        starts.append(given[2])
+        return honest(*given)
+
+    monkeypatch.setattr(stages, "refine", watch)
+    with torch.no_grad():
         for parameter in vae.refiner.parameters():
             parameter.zero_()  # rates that suit nothing
         vae.refiner.rates[-1].bias.fill_(-9.0)
@@ -199,6 +209,7 @@ def test_the_refiner_learns_to_climb_from_where_the_service_starts(vae: Multimod
         refresh_loss(vae, batch, seeded(seed), REFINER)[0].backward()
         optimizer.step()
     assert gain() > before + 1
+    assert all(torch.equal(one.mean, start.mean) and torch.equal(one.log_var, start.log_var) for one in starts)
     assert torch.equal(stages.elbos(vae, batch, [start], seeded().normal(1, vae.latent))[0], elbo), "nothing else has moved"
 
 
