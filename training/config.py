@@ -193,10 +193,12 @@ class Align(Stage):
 
 
 class Refresh(Stage):
-    """Stage 4: the refiner alone, from aligned posteriors as the service starts, beside networks that have come to rest. Its
-    steps fit the decoders of stage 2, and the more epochs stage 3 takes the less they fit any more."""
+    """Stage 4: the refiner alone, from aligned posteriors of all subsets as the service starts, beside networks that have come
+    to rest. Its steps fit the decoders of stage 2, and the more epochs stage 3 takes the less they fit any more."""
 
     epochs: NonNegativeInt = 0
+    steps: PositiveInt | None = None
+    """Refinement steps of every batch. None: as many as the refiner's."""
 
 
 Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf"]
@@ -226,6 +228,12 @@ class Config(_Table):
     def epochs(self) -> int:
         """Of the stages that encoders and decoders learn in."""
         return self.joint.epochs + self.refiner.epochs + self.align.epochs
+
+    @property
+    def horizon(self) -> int:
+        """Refinement steps that the refiner was taught last, 0 where it never was."""
+        again = self.refresh.steps if self.refresh.epochs else None
+        return (again or self.refiner.steps) if self.refiner.steps else 0
 
     @property
     def thread_count(self) -> int:

@@ -161,7 +161,7 @@ def _means(
 
 
 def _refinement(config: Config, vae: MultimodalVAE, test: Dataset, progress: Progress, rows: int) -> dict[str, Any]:
-    steps, samples = config.refiner.steps, config.refiner.serving_samples
+    steps, samples = config.horizon, config.refiner.serving_samples
     generator = torch.Generator().manual_seed(config.seed)
     climbed, judged, joint = [], [], []
     total = min(test.steps_per_epoch(BATCH_ROWS, shuffle=False), -(-rows // BATCH_ROWS))

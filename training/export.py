@@ -51,7 +51,7 @@ def export(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, fi
         path,
         facts=facts,
         samples=config.refiner.serving_samples,
-        horizon=config.refiner.steps,
+        horizon=config.horizon,
         examples=examples,
         card=model_card(config, sources, figures),
         landmarks=landmarks(vae, test),

@@ -59,7 +59,7 @@ def measure(
         figures["cosine"] = _cosine(config, model, batches)
         figures["gap"] = _gap(config, model, _first(batches[0], GAP_ROWS), progress)
         closed = figures["gap"] and figures["gap"]["closed_by_step"]
-        figures["gap_closed"] = closed[config.refiner.steps] if closed and isinstance(model, MultimodalVAE) else None
+        figures["gap_closed"] = closed[config.horizon] if closed and isinstance(model, MultimodalVAE) else None
         figures["log_likelihood"] = _likelihoods(model, _first(batches[0], LIKELIHOOD_ROWS), progress)
     return {**figures, "evaluation_seconds": round(time.perf_counter() - began, 1)}
 
@@ -142,7 +142,7 @@ def _by_step(config: Config, model: MultimodalVAE, batches: list[Batch], judges:
     """Request-time refinement of single modalities, held to the aligned posterior as the service holds it: coherence of
     samples over all sources and targets, and milliseconds a row, by step to twice the horizon."""
     names = [m.name for m in model.modalities]
-    generator, steps = torch.Generator().manual_seed(0), 2 * config.refiner.steps
+    generator, steps = torch.Generator().manual_seed(0), 2 * config.horizon
     hits: list[list[Tensor]] = [[] for _ in range(steps + 1)]
     seconds, rows = 0.0, 0
     for batch in (b for b in batches if b.labels is not None):
@@ -175,7 +175,7 @@ def _cosine(config: Config, model: Generative, batches: list[Batch]) -> dict[str
         for name, q in zip(names, alone, strict=True):
             means[name].append(q.mean)
         if isinstance(model, MultimodalVAE) and isinstance(whole, GaussianPosterior):
-            start, steps = whole.gaussian, config.refiner.steps
+            start, steps = whole.gaussian, config.horizon
             *_, refined = refined_path(config, model, complete, start, standard_like(start), steps, generator)
             means["all"].append(refined.mean)
         else:
@@ -216,7 +216,7 @@ def _gap(config: Config, model: Generative, batch: Batch, progress: Progress) ->
     progress.say(f"gap: 200 steps of Adam for {len(complete.present)} rows")
     path, milliseconds = [q.gaussian], 0.0
     if isinstance(model, MultimodalVAE):
-        steps = 2 * config.refiner.steps
+        steps = 2 * config.horizon
         since = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
         path = refined_path(config, model, complete, q.gaussian, standard_like(q.gaussian), steps, generator)

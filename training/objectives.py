@@ -23,12 +23,16 @@ class Refined(NamedTuple):
 
 
 def elbos(
-    vae: MultimodalVAE, batch: Batch, posteriors: list[Gaussian], noise: Float[Tensor, "batch posterior latent"]
+    vae: MultimodalVAE,
+    batch: Batch,
+    posteriors: list[Gaussian],
+    noise: Float[Tensor, "batch posterior latent"],
+    anchor: Gaussian | None = None,
 ) -> list[Float[Tensor, " batch"]]:
-    """The ELBO of each posterior, one sample each, in one pass through the decoders."""
+    """The ELBO of each posterior, one sample each, in one pass through the decoders; ``anchor`` as in ``refine``."""
     z = torch.cat([sample(q, noise[:, i : i + 1]) for i, q in enumerate(posteriors)], dim=1)
     evidence = vae.evidences(batch.arrays, batch.present, z)
-    return [evidence[:, i] - vae.beta * kl(q, standard_like(q)) for i, q in enumerate(posteriors)]
+    return [evidence[:, i] - vae.beta * kl(q, standard_like(q) if anchor is None else anchor) for i, q in enumerate(posteriors)]
 
 
 def refine(
@@ -38,6 +42,7 @@ def refine(
     noise: Float[Tensor, "batch sample latent"],
     steps: int,
     judges: Float[Tensor, "step batch sample latent"] | None = None,
+    anchor: Gaussian | None = None,
 ) -> Refined:
     """Refine ``start`` with the modalities present (Marino, Yue & Mandt 2018, algorithm 1), as the service does.
 
@@ -45,22 +50,23 @@ def refine(
         noise: of the gradients that the refiner sees, the same at every step.
         judges: fresh noise for each step; the refiner learns when it is given. Judged by the noise that it climbs, a refiner
             learns to fit that noise: the ELBO rises on it and falls on any other.
+        anchor: what the KL term holds to. None: the prior, and the objective is the ELBO.
 
     Each lambda_t is detached before the next step, so that the refiner learns each step for itself. Its parameters get the
     gradient of the ELBO at lambda_{t+1} by the chain rule, without another pass through the decoders.
     """
     posterior = start.detach()
-    prior = standard_like(posterior)
+    anchor = standard_like(posterior) if anchor is None else anchor.detach()
     loss = torch.zeros(len(posterior.mean))
     for step in range(steps):
         with torch.no_grad():
-            gradient, _ = vae.gradient(batch.arrays, batch.present, posterior, prior, noise)
+            gradient, _ = vae.gradient(batch.arrays, batch.present, posterior, anchor, noise)
         with torch.set_grad_enabled(judges is not None):
             after = vae.refiner(posterior, gradient)
         posterior = after.detach()
         if judges is not None:
             with torch.no_grad():
-                slope, _ = vae.gradient(batch.arrays, batch.present, posterior, prior, judges[step])
+                slope, _ = vae.gradient(batch.arrays, batch.present, posterior, anchor, judges[step])
             loss = loss - (after.mean * slope.mean + after.log_var * slope.log_var).sum(-1)
     return Refined(posterior, loss)
 

@@ -33,13 +33,14 @@ class Stage:
 def stages(vae: MultimodalVAE, settings: config.Config) -> list[Stage]:
     """The stages of a configuration."""
     refiner, align = settings.refiner, settings.align
+    again = refiner.model_copy(update={"steps": settings.horizon})
     found = [
         Stage("joint", settings.joint, lambda batch, noise: joint_loss(vae, batch, noise)),
         Stage("refiner", refiner, lambda batch, noise: refiner_loss(vae, batch, noise, refiner)),
         Stage("align", align, lambda batch, noise: align_loss(vae, batch, noise, refiner, align)),
     ]
     if settings.refresh.epochs and refiner.steps:
-        found.append(Stage("refresh", settings.refresh, lambda batch, noise: refresh_loss(vae, batch, noise, refiner)))
+        found.append(Stage("refresh", settings.refresh, lambda batch, noise: refresh_loss(vae, batch, noise, again)))
     return found
 
 
@@ -100,13 +101,19 @@ def align_loss(
 
 
 def refresh_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner) -> tuple[Tensor, dict[str, Tensor]]:
-    """The refiner learns its steps from the aligned posterior; nothing else has a gradient."""
+    """The refiner learns its steps as the service takes them: from the aligned posterior, of rows as they are and, as often, of
+    random subsets, which are held to where they start. Nothing else has a gradient."""
+    subsets = every_subset(len(vae.modalities))
+    seen = batch.present & subsets[noise.choices(2 * len(subsets)).clamp(max=len(subsets) - 1)]  # the last lacks nothing
+    part = Batch(batch.arrays, seen, batch.labels)
     with torch.no_grad():
-        start = vae.aligned(batch.arrays, batch.present)
-    refined = _refined(vae, batch, noise, settings, start, learn=True)
+        start = vae.aligned(part.arrays, seen)
+    complete = seen.all(1, keepdim=True)
+    anchor = Gaussian(*(torch.where(complete, prior, own) for prior, own in zip(standard_like(start), start, strict=True)))
+    refined = _refined(vae, part, noise, settings, start, anchor, learn=True)
     with torch.no_grad():
-        at_start, at_refined = elbos(vae, batch, [start, refined.posterior], noise.normal(2, vae.latent))
-    return refined.loss.mean() / settings.steps, {"elbo": at_start.mean(), "refined": at_refined.mean()}
+        at_start, at_refined = elbos(vae, part, [start, refined.posterior], noise.normal(2, vae.latent), anchor)
+    return refined.loss.mean() / settings.steps, {"objective": at_start.mean(), "refined": at_refined.mean()}
 
 
 def _evidence(vae: MultimodalVAE, batch: Batch, z: Float[Tensor, "batch latent"], *, through: bool) -> Float[Tensor, " batch"]:
@@ -123,16 +130,23 @@ def _joint_and_refined(
     vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner, *, learn: bool
 ) -> tuple[Tensor, dict[str, Tensor], Gaussian, Refined]:
     start = vae.joint(batch.arrays, batch.present)
-    refined = _refined(vae, batch, noise, settings, start, learn=learn)
+    refined = _refined(vae, batch, noise, settings, start, None, learn=learn)
     at_start, at_refined = elbos(vae, batch, [start, refined.posterior], noise.normal(2, vae.latent))
     loss = -(at_start + at_refined).mean() / 2
     return loss, {"elbo": at_start.mean(), "refined": at_refined.mean()}, start, refined
 
 
 def _refined(
-    vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner, start: Gaussian, *, learn: bool
+    vae: MultimodalVAE,
+    batch: Batch,
+    noise: Noise,
+    settings: config.Refiner,
+    start: Gaussian,
+    anchor: Gaussian | None,
+    *,
+    learn: bool,
 ) -> Refined:
     pairs = settings.samples // 2
     climbed = antithetic(noise.normal(pairs, vae.latent))
     judging = [antithetic(noise.normal(pairs, vae.latent)) for _ in range(settings.steps)] if learn else []
-    return refine(vae, batch, start, climbed, settings.steps, torch.stack(judging) if judging else None)
+    return refine(vae, batch, start, climbed, settings.steps, torch.stack(judging) if judging else None, anchor)

@@ -25,7 +25,7 @@ def test_the_provenance_names_the_run(manifest: bundle.Manifest, finished: Any) 
     assert provenance.seed == settings.seed
     assert provenance.libraries.keys() >= {"python", "torch", "onnx", "onnxruntime", "numpy"}
     assert provenance.created.endswith("+00:00")
-    assert manifest.refinement.horizon == settings.refiner.steps
+    assert manifest.refinement.horizon == settings.horizon
     assert manifest.refinement.samples == settings.refiner.serving_samples
 
 
