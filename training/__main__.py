@@ -195,7 +195,8 @@ def export(
     with _finished(configuration, folder, out, seed) as (settings, vae, training, test, run):
         if not isinstance(vae, MultimodalVAE):
             raise config.ConfigError(f'{configuration}: model is "{settings.model}"; a bundle holds a "concord" alone')
-        bundle = export_run(settings, vae, training, test, run.read(EVALUATION), to or run.path / "bundle")
+        grid = [picture] if (picture := run.path / GRID).exists() else []
+        bundle = export_run(settings, vae, training, test, run.read(EVALUATION), to or run.path / "bundle", grid)
     size = sum(entry.bytes for entry in bundle.manifest.files.values())
     print(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}, {size / 1e6:.1f} MB, sha256 {bundle.sha256[:16]}")
     print(f"serve it with: CONCORD_BUNDLE={bundle.path} python -m service")

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +25,20 @@ LANDMARKS = 500
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxscript", "pillow", "torch")
 
 
-def export(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, figures: dict[str, Any], path: Path) -> Bundle:
+def export(
+    config: Config,
+    vae: MultimodalVAE,
+    train: Dataset,
+    test: Dataset,
+    figures: dict[str, Any],
+    path: Path,
+    pictures: Sequence[Path] = (),
+) -> Bundle:
     """Write the bundle of a trained model, see ``model.vae.export.export_bundle`` for what can go wrong.
 
     Args:
         figures: of ``evaluate``; they go into the manifest and the card.
+        pictures: of what the model generates; they go into the bundle, for the card.
     """
     rows = min(GOLDEN_ROUNDS * (2 ** len(vae.modalities) - 1), GOLDEN_ROWS)
     sources = [*train.sources, *test.sources]
@@ -53,8 +63,9 @@ def export(config: Config, vae: MultimodalVAE, train: Dataset, test: Dataset, fi
         samples=config.refiner.serving_samples,
         horizon=config.horizon,
         examples=examples,
-        card=model_card(config, sources, figures),
+        card=model_card(config, sources, figures, pictures),
         landmarks=landmarks(vae, test),
+        pictures=pictures,
     )
 
 
@@ -82,8 +93,8 @@ def code_revision() -> str:
     return described.stdout.strip()
 
 
-def model_card(config: Config, sources: list[DataSource], figures: dict[str, Any]) -> str:
-    """Markdown: what the model is, what it saw, how well it does, what it must not be used for."""
+def model_card(config: Config, sources: list[DataSource], figures: dict[str, Any], pictures: Sequence[Path] = ()) -> str:
+    """Markdown: what the model is, what it saw, how well it does and looks, what it must not be used for."""
     lines = [f"# {config.name} {config.version}", ""]
     lines += [
         f"A multimodal VAE with a {config.network.latent}-dimensional z over "
@@ -124,6 +135,7 @@ def model_card(config: Config, sources: list[DataSource], figures: dict[str, Any
         f"{refinement['elbo_after']:.1f} weighted nats on average and rises for {refinement['raised']:.1%} of rows "
         f"({refinement['raised_fresh_noise']:.1%} judged with fresh noise).",
         "",
+        *(f"![What one sample of each posterior gives, beside what it was given]({picture.name})\n" for picture in pictures),
         "## Limits",
         "",
         "The model knows only what the data above shows. Anything else gets an embedding too, and it means nothing.",

@@ -47,6 +47,7 @@ def export_bundle(
     examples: Arrays,
     card: str,
     landmarks: Mapping[str, NDArray[Any]] | None = None,
+    pictures: Sequence[Path] = (),
 ) -> bundle.Bundle:
     """Write the model as a bundle; nothing appears in ``path`` unless its graphs agree with the model.
 
@@ -57,6 +58,7 @@ def export_bundle(
         examples: complete rows (batch, *shape), best at least 2^M - 1 of them, so that every subset is among the golden
             examples.
         landmarks: what goes into the map: ``mean`` (rows, latent) and, where the rows have classes, ``label`` (rows,).
+        pictures: files that the card shows, copied under their own names.
 
     Raises:
         ExportError: the graphs and the model differ by more than PARITY_TOLERANCE.
@@ -86,7 +88,7 @@ def export_bundle(
             "graphs": {"encode": "encode.onnx", "refine": "refine.onnx", "decode": decode},
             "refinement": {"samples": samples, "horizon": horizon},
         }
-        trial = bundle.write(folder / "trial", manifest, [folder / f for f in files], card)
+        trial = bundle.write(folder / "trial", manifest, [*(folder / f for f in files), *pictures], card)
         try:
             Runtime(trial, device="cpu").replay_golden(PARITY_TOLERANCE)
         except bundle.BundleError as error:

@@ -55,6 +55,12 @@ def test_the_card_tells_people_the_same(manifest: bundle.Manifest, finished: Any
     assert "## Limits" in card
 
 
+def test_the_card_shows_what_is_generated(finished: Any) -> None:
+    found = bundle.read(finished.bundle)
+    assert found.content("grid.png") == (finished.folder / "grid.png").read_bytes()
+    assert "](grid.png)" in (finished.bundle / bundle.CARD).read_text()
+
+
 def test_the_map_has_rows_of_every_class(finished: Any) -> None:
     found = bundle.read(finished.bundle)
     with np.load(io.BytesIO(found.content(bundle.MAP)), allow_pickle=False) as landmarks:
