@@ -201,6 +201,15 @@ class Refresh(Stage):
     """Refinement steps of every batch. None: as many as the refiner's."""
 
 
+class Flow(Stage):
+    """Stage 5: a flow alone, to draw samples through, taught by the refined posterior of all modalities around the posterior of
+    every subset. A Gaussian of few modalities has to choose between covering all that fits and being coherent.
+    """
+
+    epochs: NonNegativeInt = 0
+    couplings: PositiveInt = 8
+
+
 Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf"]
 
 
@@ -223,6 +232,7 @@ class Config(_Table):
     refiner: Refiner = Refiner()
     align: Align = Align()
     refresh: Refresh = Refresh()
+    flow: Flow = Flow()
 
     @property
     def epochs(self) -> int:
@@ -247,6 +257,7 @@ class Config(_Table):
         content = self.model_dump(mode="json", exclude_defaults=True)
         if self.model != "concord":
             content.pop("refresh", None)
+            content.pop("flow", None)
             for stage in {"refiner", "align"} & content.keys():
                 shared = {name: value for name, value in content.pop(stage).items() if name in Stage.model_fields}
                 content |= {stage: shared} if shared else {}

@@ -37,7 +37,9 @@ def build(config: Config, data: Dataset) -> Generative:
     torch.manual_seed(config.seed)
     network = config.network
     ours = config.model == "concord"
-    kind = partial(MultimodalVAE, fusion=network.fusion) if ours else baselines.MODELS[config.model]
+    couplings = config.flow.couplings if config.flow.epochs else 0
+    own = partial(MultimodalVAE, fusion=network.fusion, couplings=couplings)
+    kind = own if ours else baselines.MODELS[config.model]
     vae = kind(
         data.modalities,
         latent=network.latent,

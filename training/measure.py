@@ -157,7 +157,7 @@ def _by_step(config: Config, model: MultimodalVAE, batches: list[Batch], judges:
             seconds, rows = seconds + time.perf_counter() - since, rows + len(seen)
             noise = torch.randn(q.mean.shape, generator=generator)
             for step, at in enumerate(path):
-                z = at.mean + (0.5 * at.log_var).exp() * noise
+                z = model.draw(at, noise.unsqueeze(1))[:, 0]
                 hits[step] += [cross_coherence(model, judges, t, z, some.labels) for t in judges if t != names[index]]
     coherence = [torch.cat(hit).float().mean().item() for hit in hits]
     return {"coherence": coherence, "milliseconds_per_step": 1000 * seconds / max(steps, 1) / max(rows, 1)}

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from training.checkpoint import RunError
 from training.config import Config, ConfigError
 
-STAGES = ("joint", "refiner", "align")
+STAGES = ("joint", "refiner", "align", "refresh", "flow")
 
 
 class Noise:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from model.vae.flow import Flow
 from model.vae.gaussian import Gaussian, sample
 from model.vae.generative import Arrays, Generative
 from model.vae.multimodal import MultimodalVAE
@@ -51,6 +52,27 @@ class GaussianPosterior:
 
     def log_density(self, z: Tensor) -> Tensor:
         return log_normal(z, Gaussian(self.gaussian.mean.unsqueeze(1), self.gaussian.log_var.unsqueeze(1)))
+
+
+class FlowPosterior(GaussianPosterior):
+    """A Gaussian to embed and to refine, its samples drawn through a flow."""
+
+    def __init__(self, gaussian: Gaussian, flow: Flow) -> None:
+        super().__init__(gaussian)
+        self.flow = flow
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the Gaussian: what the service embeds."""
+        return self.gaussian.mean
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        drawn: Tensor = self.flow(self.gaussian, torch.randn(len(self.mean), count, self.mean.shape[-1], generator=generator))
+        return drawn
+
+    def log_density(self, z: Tensor) -> Tensor:
+        noise, volume = self.flow.inverse(self.gaussian, z)
+        return log_prior(noise) + volume
 
 
 class MixturePosterior:
@@ -96,7 +118,8 @@ def posteriors(model: Generative, arrays: Arrays, masks: Sequence[Bool[Tensor, "
     """The posteriors that a model answers with, one for each mask of what is seen: ours those of the aligned encoder."""
     if isinstance(model, MultimodalVAE):
         features = model.aligned.features(arrays, torch.stack(list(masks)).any(0))
-        return [GaussianPosterior(model.aligned.fuse(features, seen)) for seen in masks]
+        fused = [model.aligned.fuse(features, seen) for seen in masks]
+        return [GaussianPosterior(q) if model.flow is None else FlowPosterior(q, model.flow) for q in fused]
     assert isinstance(model, Rival)
     return model.posteriors(arrays, masks)
 

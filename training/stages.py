@@ -4,15 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from model.vae.gaussian import Gaussian, antithetic, kl, standard_like
+from model.vae.gaussian import Gaussian, antithetic, kl, sample, standard_like
 from model.vae.multimodal import MultimodalVAE
 from training import config
 from training.data import Batch
 from training.objectives import Refined, alignment, elbos, every_subset, refine
 from training.parallel import Noise
+from training.posteriors import FlowPosterior
 
 MAX_SUBSETS = 16  # a batch aligns at most so many; with more modalities, all single ones and a random choice of the others
 
@@ -41,6 +42,8 @@ def stages(vae: MultimodalVAE, settings: config.Config) -> list[Stage]:
     ]
     if settings.refresh.epochs and refiner.steps:
         found.append(Stage("refresh", settings.refresh, lambda batch, noise: refresh_loss(vae, batch, noise, again)))
+    if settings.flow.epochs:
+        found.append(Stage("flow", settings.flow, lambda batch, noise: flow_loss(vae, batch, noise, refiner, settings.horizon)))
     return found
 
 
@@ -66,11 +69,7 @@ def align_loss(
     aligned encoder also serve samples from the posterior of a random subset.
     """
     loss, figures, start, refined = _joint_and_refined(vae, batch, noise, refiner, learn=False)
-    subsets = every_subset(len(vae.modalities))
-    if len(subsets) > MAX_SUBSETS:
-        singles = len(vae.modalities)
-        others = noise.order(len(subsets) - singles)[: MAX_SUBSETS - singles] + singles
-        subsets = torch.cat((subsets[:singles], subsets[others]))
+    subsets = _some_subsets(vae, noise)
     divergences, students = alignment(vae, batch, refined.posterior, subsets, settings.divergence)
     if settings.divergence != "none":
         weights = torch.where(subsets.sum(1) > 1, settings.several, 1.0).unsqueeze(1)
@@ -108,12 +107,61 @@ def refresh_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: confi
     part = Batch(batch.arrays, seen, batch.labels)
     with torch.no_grad():
         start = vae.aligned(part.arrays, seen)
-    complete = seen.all(1, keepdim=True)
-    anchor = Gaussian(*(torch.where(complete, prior, own) for prior, own in zip(standard_like(start), start, strict=True)))
+    anchor = _anchor(start, seen)
     refined = _refined(vae, part, noise, settings, start, anchor, learn=True)
     with torch.no_grad():
         at_start, at_refined = elbos(vae, part, [start, refined.posterior], noise.normal(2, vae.latent), anchor)
     return refined.loss.mean() / settings.steps, {"objective": at_start.mean(), "refined": at_refined.mean()}
+
+
+def flow_loss(
+    vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner, horizon: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-E log q(z | x_S) of samples z of the refined joint posterior: forward KL, which covers all that a subset leaves open.
+
+    The flow learns it around the aligned posterior of every subset and, of one subset a row, around it refined. Nothing else
+    has a gradient.
+
+    Args:
+        settings: of the teacher's refinement.
+        horizon: steps that a student's takes at most.
+    """
+    assert vae.flow is not None
+    with torch.no_grad():
+        teacher = _refined(vae, batch, noise, settings, vae.joint(batch.arrays, batch.present), None, learn=False).posterior
+        z = sample(teacher, noise.normal(2, vae.latent))
+        subsets = _some_subsets(vae, noise)
+        features = vae.aligned.features(batch.arrays, batch.present)
+        masks = [batch.present & subset for subset in subsets]
+        students = [vae.aligned.fuse(features, seen) for seen in masks]
+        if horizon:
+            seen = batch.present & subsets[noise.choices(len(subsets))]
+            start, steps = vae.aligned.fuse(features, seen), 1 + int(noise.order(horizon)[0])
+            part, climb = Batch(batch.arrays, seen, batch.labels), settings.model_copy(update={"steps": steps})
+            students.append(_refined(vae, part, noise, climb, start, _anchor(start, seen), learn=False).posterior)
+            masks.append(seen)
+    student = Gaussian(*(torch.cat(parts) for parts in zip(*students, strict=True)))
+    some = torch.stack([seen.any(1) for seen in masks])
+    with torch.autocast("cpu", enabled=False):  # eight couplings in a row want their digits
+        density = FlowPosterior(student, vae.flow).log_density(z.repeat(len(masks), 1, 1)).mean(1).view(some.shape)
+    density = torch.where(some, density, 0.0).mean()
+    return -density, {"log_density": density}
+
+
+def _some_subsets(vae: MultimodalVAE, noise: Noise) -> Bool[Tensor, "subset modality"]:
+    """All of them, the single modalities first; of many, those and a random choice of the others."""
+    subsets = every_subset(len(vae.modalities))
+    if len(subsets) <= MAX_SUBSETS:
+        return subsets
+    singles = len(vae.modalities)
+    others = noise.order(len(subsets) - singles)[: MAX_SUBSETS - singles] + singles
+    return torch.cat((subsets[:singles], subsets[others]))
+
+
+def _anchor(start: Gaussian, seen: Bool[Tensor, "batch modality"]) -> Gaussian:
+    """What the service holds refinement to: the prior where nothing is missing, else the start."""
+    complete = seen.all(1, keepdim=True)
+    return Gaussian(*(torch.where(complete, prior, own) for prior, own in zip(standard_like(start), start, strict=True)))
 
 
 def _evidence(vae: MultimodalVAE, batch: Batch, z: Float[Tensor, "batch latent"], *, through: bool) -> Float[Tensor, " batch"]:

@@ -7,14 +7,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from model.modality import Modality
-from model.vae.gaussian import Gaussian
+from model.vae.flow import Flow
+from model.vae.gaussian import Gaussian, sample
 from model.vae.generative import Arrays, Generative
 from model.vae.posterior import ENCODERS, Fusion, SetEncoder
 from model.vae.refiner import Refiner
 
 
 class MultimodalVAE(Generative):
-    """Joint encoder, refiner, aligned encoder and a decoder for each modality.
+    """Joint encoder, refiner, aligned encoder, a decoder for each modality and, on demand, a flow to draw samples through.
 
     Args:
         latent: size of z.
@@ -22,6 +23,7 @@ class MultimodalVAE(Generative):
         hidden: of the fusion, the refiner and the decoders.
         beta: weight of the KL term (Higgins et al. 2017).
         fusion: of the aligned encoder: one network for every subset, or the product of an expert for each modality.
+        couplings: of the flow that samples are drawn through. 0: no flow, samples are those of the Gaussian posterior.
     """
 
     def __init__(
@@ -34,12 +36,19 @@ class MultimodalVAE(Generative):
         width: int,
         beta: float,
         fusion: Fusion = "set",
+        couplings: int = 0,
     ) -> None:
         super().__init__(modalities, latent=latent, beta=beta)
         self.joint = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width)
         self.aligned = ENCODERS[fusion](modalities, latent=latent, features=features, hidden=hidden, width=width)
         self.refiner = Refiner(latent=latent, hidden=hidden, beta=beta)
         self.build_decoders(hidden=hidden, width=width)
+        self.flow = Flow(latent=latent, hidden=hidden, couplings=couplings) if couplings else None
+
+    def draw(self, posterior: Gaussian, noise: Float[Tensor, "batch sample latent"]) -> Float[Tensor, "batch sample latent"]:
+        """Samples of an aligned or refined posterior, through the flow where there is one."""
+        drawn: Tensor = sample(posterior, noise) if self.flow is None else self.flow(posterior, noise)
+        return drawn
 
     def gradient(
         self,

@@ -53,7 +53,7 @@ class JNF(Rival):
         found: list[Posterior] = []
         for seen in masks:
             joint = GaussianPosterior(self.joint.fuse(features, seen))
-            found.append(joint if seen.all() else FlowPosterior(self.flows, contexts, seen, joint))
+            found.append(joint if seen.all() else ProductOfFlows(self.flows, contexts, seen, joint))
         return found
 
     def joint_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -77,7 +77,7 @@ class JNF(Rival):
         return -total, {"log_density": total}
 
 
-class FlowPosterior:
+class ProductOfFlows:
     """p(z)^(1 - |S|) prod_{m in S} q(z | x_m), S being what each row has seen; ``joint`` for the rows that have seen all."""
 
     def __init__(

@@ -12,7 +12,7 @@ from model.modality import VectorModality
 from model.vae.gaussian import Gaussian, standard_like
 from training import baselines
 from training.baselines import MODELS, jmvae, mvtcae
-from training.baselines.jnf import JNF, MEAN_SAMPLES, FlowPosterior
+from training.baselines.jnf import JNF, MEAN_SAMPLES, ProductOfFlows
 from training.data import Batch
 from training.objectives import every_subset
 from training.posteriors import MixturePosterior, posteriors
@@ -97,7 +97,7 @@ def test_posteriors_of_every_subset(rival: Any, batch: Batch) -> None:
     for seen, q in zip(masks, posteriors(rival, batch.arrays, masks), strict=True):
         z = q.sample(900, seeded())
         assert z.shape == (ROWS, 900, LATENT)
-        fewest = MEAN_SAMPLES if isinstance(q, FlowPosterior) else 900  # a flow's mean is a sample's too
+        fewest = MEAN_SAMPLES if isinstance(q, ProductOfFlows) else 900  # a flow's mean is a sample's too
         assert torch.all((z.mean(1) - q.mean).abs() < 6 * z.std(1) / fewest**0.5)
         assert seen.shape == (ROWS, 4)
 
