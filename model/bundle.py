@@ -30,10 +30,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from model.exchange import put_in_place
 from model.modality import CategoricalModality, ImageModality, Modality, TextModality, unlearned
 
-FORMAT = 2
-"""The newest that is read. Written is the oldest that can tell of the bundle's modalities: 1 knows images of one or three
-channels, texts of characters, vectors and attributes; 2 came with words, unknown characters, texts
-that are cut or shifted, classes and any other image."""
+FORMAT = 3
+"""The newest that is read. Written is the oldest that can tell of the bundle's modalities and graphs: 1 knows images of one or
+three channels, texts of characters, vectors and attributes; 2 came with words, unknown characters, texts
+that are cut or shifted, classes and any other image; 3 with samples that are not a Gaussian's."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
@@ -64,6 +64,8 @@ class Graphs(_Strict):
     encode: str
     refine: str
     decode: dict[str, str]
+    draw: str | None = None
+    """Gives samples of a posterior. None: they are those of the Gaussian."""
 
 
 class RefinementFacts(_Strict):
@@ -186,9 +188,12 @@ def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str
             content = file.read_bytes()
             _write_durably(staging / file.name, content)
             entries[file.name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-        manifest = Manifest(format=_format(facts["modalities"]), files=entries, **facts)
+        manifest = Manifest(format=_format(facts), files=entries, **facts)
         _write_durably(staging / CARD, card.encode())
-        text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        fields = manifest.model_dump(mode="json")
+        if manifest.graphs.draw is None:
+            del fields["graphs"]["draw"]  # older readers do not know the field
+        text = json.dumps(fields, indent=1, ensure_ascii=False)
         _write_durably(staging / MANIFEST, text.encode() + b"\n")
         read(staging)
         staging.chmod(0o755)
@@ -198,9 +203,10 @@ def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str
     return read(path)
 
 
-def _format(modalities: Iterable[Mapping[str, Any] | Modality]) -> int:
-    told = [TypeAdapter(Modality).validate_python(fields) for fields in modalities]
-    return max(map(_oldest_format, told), default=1)
+def _format(facts: Mapping[str, Any]) -> int:
+    told = [TypeAdapter(Modality).validate_python(fields) for fields in facts["modalities"]]
+    drawn = Graphs.model_validate(facts["graphs"]).draw is not None
+    return max([3 if drawn else 1, *map(_oldest_format, told)])
 
 
 def _oldest_format(modality: Modality) -> int:
@@ -241,7 +247,8 @@ def _parse_manifest(path: Path, raw: bytes) -> Manifest:
 
 
 def _graph_names(manifest: Manifest) -> list[str]:
-    return [manifest.graphs.encode, manifest.graphs.refine, *manifest.graphs.decode.values()]
+    graphs = manifest.graphs
+    return [graphs.encode, graphs.refine, *graphs.decode.values(), *([graphs.draw] if graphs.draw else [])]
 
 
 def _read_bytes(folder: Path, name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""A bundle opened in ONNX Runtime: encode, refine, decode on NumPy arrays. Needs no torch."""
+"""A bundle opened in ONNX Runtime: encode, refine, draw, decode on NumPy arrays. Needs no torch."""
 
 import io
 import logging
@@ -107,6 +107,14 @@ class Runtime:
         mean, log_var, objective = self._refine.run(["next_mean", "next_log_var", "objective"], feed)
         return Posterior(mean, log_var), objective
 
+    def draw(self, posterior: Posterior, noise: Float32[np.ndarray, "batch latent"]) -> Float32[np.ndarray, "batch latent"]:
+        """One sample of each row's posterior, aligned or refined, from standard normal noise: of the Gaussian, or through the
+        bundle's flow."""
+        if self._draw is None:
+            return np.asarray(posterior.mean + np.exp(posterior.log_var / 2) * noise)
+        feed = {"mean": posterior.mean, "log_var": posterior.log_var, "noise": noise}
+        return np.asarray(self._draw.run(["z"], feed)[0])
+
     def decode(self, modality: str, z: Float32[np.ndarray, "batch latent"]) -> Shaped[np.ndarray, "batch ..."]:
         """What the decoder expects of one modality: image in [0, 1], vector, attribute probabilities, or for text the
         logarithm of each character's probability, (batch, length, alphabet)."""
@@ -134,6 +142,7 @@ class Runtime:
             "next_mean": refined.mean,
             "next_log_var": refined.log_var,
             "objective": objective,
+            **({"drawn": self.draw(start, golden["noise"][:, 0])} if "drawn" in golden else {}),
             **{f"value.{m.name}": self.decode(m.name, golden["mean"]) for m in self.modalities},
         }
         differences = [
@@ -160,6 +169,7 @@ class Runtime:
         names = [m.name for m in self.modalities]
         self._encode = self._open(graphs.encode, options, lambda graph: skip_absent(graph, names))
         self._refine = self._open(graphs.refine, options, lambda graph: branch_absent(graph, weights, names))
+        self._draw = self._open(graphs.draw, options) if graphs.draw else None
         self._decode = {name: self._open(file, options) for name, file in graphs.decode.items()}
 
     def _open(

@@ -7,8 +7,8 @@ from model.runtime import Posterior, Runtime
 
 
 def exercise(runtime: Runtime, rows: int) -> None:
-    """Encode, refine and decode ``rows`` rows of zeros that are complete, and encode them with each modality alone: what is
-    absent may go another way through the graph.
+    """Encode, refine, draw and decode ``rows`` rows of zeros that are complete, and encode them with each modality alone: what
+    is absent may go another way through the graph.
 
     Raises:
         FloatingPointError: an answer that is not finite.
@@ -22,6 +22,8 @@ def exercise(runtime: Runtime, rows: int) -> None:
     noise = np.zeros((rows, runtime.samples, runtime.latent), dtype=np.float32)
     anchor = Posterior(np.zeros_like(posterior.mean), np.zeros_like(posterior.log_var))
     runtime.refine(inputs, present, posterior, anchor, noise)
+    if not np.isfinite(runtime.draw(posterior, noise[:, 0])).all():
+        raise FloatingPointError("samples of the posterior are numbers that are not finite")
     for modality in runtime.modalities:
         if np.isnan(runtime.decode(modality.name, posterior.mean)).any():
             raise FloatingPointError(f"the decoder of {modality.name} answered with numbers that are not finite")

@@ -64,6 +64,7 @@ class Row:
     """Whose rows it refines with: its modalities, where that matters."""
     ascent: Ascent | None = None
     refinement: Refinement | None = None
+    sample: np.ndarray | None = None
     generated: dict[str, np.ndarray] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("queue", "encode", "refine", "generate"), 0.0))
 
@@ -238,14 +239,14 @@ class Scheduler:
                 row.refinement = ascent.refinement()
 
     def _finish(self, rows: list[Row]) -> list[Row]:
-        generating = [row for row in rows if row.work.targets]
+        generating = [row for row in rows if row.work.targets or row.work.sample_embedding]
         self._isolate("generate", self._generate, generating)
         for row in rows:
             if row.outcome is None:
                 row.outcome = Outcome(
                     mean=row.mean,
                     log_var=row.log_var,
-                    sample=self._draw(row, Stream.EMBED, 1, 1.0)[0] if row.work.sample_embedding else None,
+                    sample=row.sample,
                     generated=row.generated,
                     refinement=row.refinement,
                     timings=row.timings,
@@ -253,18 +254,40 @@ class Scheduler:
         return rows
 
     def _generate(self, rows: list[Row]) -> None:
-        zs = [self._latents(row) for row in rows]
+        embedding = [row for row in rows if row.work.sample_embedding]
+        decoding = [row for row in rows if row.work.targets]
+        drawn = self._draw(
+            [
+                *((row, Stream.EMBED, 1, 1.0) for row in embedding),
+                *((row, Stream.GENERATE, row.work.num_samples, _temperature(row.work)) for row in decoding),
+            ]
+        )
+        for row, z in zip(embedding, drawn, strict=False):
+            row.sample = z[0]
+        zs = drawn[len(embedding) :]
         for modality in self._runtime.modalities:
-            chosen = [index for index, row in enumerate(rows) if modality.name in row.work.targets]
+            chosen = [index for index, row in enumerate(decoding) if modality.name in row.work.targets]
             if not chosen:
                 continue
-            z = np.concatenate([zs[index] for index in chosen])
-            values = self._decode(modality.name, z)
+            values = self._decode(modality.name, np.concatenate([zs[index] for index in chosen]))
             if np.isnan(values).any():
                 raise FloatingPointError(f"the decoder of {modality.name} answered with numbers that are not finite")
             ends = np.cumsum([len(zs[index]) for index in chosen])
             for index, own in zip(chosen, np.split(values, ends[:-1]), strict=True):
-                rows[index].generated[modality.name] = own
+                decoding[index].generated[modality.name] = own
+
+    def _draw(self, wanted: list[tuple[Row, Stream, int, float]]) -> list[np.ndarray]:
+        """z = mean + temperature · (a sample of the posterior - mean), of each row (count, latent)."""
+        counts = [count for _, _, count, _ in wanted]
+        mean, log_var = (np.repeat([getattr(row, part) for row, *_ in wanted], counts, axis=0) for part in ("mean", "log_var"))
+        eps = np.concatenate(
+            [noise(row.work.seed, row.work.index, stream, count, self._runtime.latent) for row, stream, count, _ in wanted]
+        )
+        temperature = np.repeat(np.array([temperature for *_, temperature in wanted], np.float32), counts)[:, np.newaxis]
+        z = mean + temperature * (self._runtime.draw(Posterior(mean, log_var), eps) - mean)
+        if not np.isfinite(z).all():
+            raise FloatingPointError("samples of the posterior are numbers that are not finite")
+        return np.split(z, np.cumsum(counts)[:-1])
 
     def _decode(self, modality: str, z: np.ndarray) -> np.ndarray:
         """In parts, for a row may ask for more samples than fit."""
@@ -287,17 +310,9 @@ class Scheduler:
         self._allowed = max(1, min(self._allowed, rows // 2))
         self._raise_at = monotonic() + RECOVERY_SECONDS
 
-    def _latents(self, row: Row) -> np.ndarray:
-        work = row.work
-        if work.latent == "mean":
-            return np.repeat(row.mean[np.newaxis], work.num_samples, axis=0)
-        return self._draw(row, Stream.GENERATE, work.num_samples, work.temperature)
 
-    def _draw(self, row: Row, stream: Stream, count: int, temperature: float) -> np.ndarray:
-        """z = mean + temperature · standard deviation · noise, (count, latent)."""
-        eps = noise(row.work.seed, row.work.index, stream, count, self._runtime.latent)
-        z: np.ndarray = row.mean + np.float32(temperature) * np.exp(row.log_var / 2) * eps
-        return z
+def _temperature(work: Work) -> float:
+    return work.temperature if work.latent == "sample" else 0.0
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -67,7 +67,7 @@ class GenerateOptions(CallOptions):
     )
     num_samples: Positive = Field(1, description="Values of each target.")
     latent: Literal["sample", "mean"] = Field("sample", description="Decode samples of the posterior, or its mean.")
-    temperature: float = Field(1.0, ge=0, le=10, description="Scales the posterior's standard deviation when sampling.")
+    temperature: float = Field(1.0, ge=0, le=10, description="Scales how far samples lie from the posterior's mean.")
     output: OutputOptions = Field(default_factory=OutputOptions)
     return_embedding: bool = False
 

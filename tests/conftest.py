@@ -55,7 +55,7 @@ def make_vae() -> MakeVAE:
             torch.manual_seed(0)
             vae = MultimodalVAE(modalities, latent=6, features=17, hidden=25, width=width, beta=beta, **options)
             for name, weight in vae.named_parameters():
-                if name == "refiner.rates.4.weight" or name.endswith(".absent"):
+                if name == "refiner.rates.4.weight" or name.endswith(".absent") or ".outer." in name:
                     torch.nn.init.normal_(weight, std=0.2)
         return vae.eval().requires_grad_(False)
 

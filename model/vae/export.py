@@ -72,6 +72,10 @@ def export_bundle(
         graphs = {"encode.onnx": _encode_graph(vae), "refine.onnx": _refine_graph(vae, samples)}
         decode = {m.name: f"decode-{m.name}.onnx" for m in vae.modalities}
         graphs |= {file: _decode_graph(vae, modality) for modality, file in decode.items()}
+        named: dict[str, Any] = {"encode": "encode.onnx", "refine": "refine.onnx", "decode": decode}
+        if vae.flow is not None:
+            graphs["draw.onnx"] = _draw_graph(vae)
+            named["draw"] = "draw.onnx"
         for file, graph in graphs.items():
             onnx.save(_share_weights(graph, folder / bundle.WEIGHTS, weights), folder / file)
         np.savez(folder / bundle.GOLDEN, **golden_examples(vae, examples, samples))
@@ -85,7 +89,7 @@ def export_bundle(
             "latent": vae.latent,
             "beta": vae.beta,
             "weights": vae.weights,
-            "graphs": {"encode": "encode.onnx", "refine": "refine.onnx", "decode": decode},
+            "graphs": named,
             "refinement": {"samples": samples, "horizon": horizon},
         }
         trial = bundle.write(folder / "trial", manifest, [*(folder / f for f in files), *pictures], card)
@@ -116,6 +120,8 @@ def golden_examples(vae: MultimodalVAE, examples: Arrays, samples: int) -> dict[
         anchor = Gaussian(*(torch.where(complete, p, s) for p, s in zip(prior, start, strict=True)))
         refined, objective = vae.refine_step(examples, present, start, anchor, noise)
         values = {f"value.{m.name}": vae.decode(m.name, start.mean) for m in vae.modalities}
+        if vae.flow is not None:
+            values["drawn"] = vae.draw(start, noise[:, :1])[:, 0]
     tensors = {
         **{f"input.{name}": array for name, array in examples.items()},
         "present": present,
@@ -133,7 +139,7 @@ def golden_examples(vae: MultimodalVAE, examples: Arrays, samples: int) -> dict[
 
 
 def parity(vae: MultimodalVAE, runtime: Runtime, examples: Arrays) -> float:
-    """Largest difference between the graphs and the model over one encode and one refinement step, relative to the
+    """Largest difference between the graphs and the model over one encode, one refinement step and one sample, relative to the
     largest value of each answer. For batch sizes and inputs of the caller's choice."""
     golden = golden_examples(vae, examples, runtime.samples)
     inputs = {m.name: golden[f"input.{m.name}"] for m in vae.modalities}
@@ -152,6 +158,9 @@ def parity(vae: MultimodalVAE, runtime: Runtime, examples: Arrays) -> float:
         "next_log_var": refined.log_var,
         "objective": objective,
     }
+    if "drawn" in golden:
+        start = Posterior(golden["mean"], golden["log_var"])
+        pairs["drawn"] = runtime.draw(start, np.ascontiguousarray(golden["noise"][:, 0]))
     differences = [
         np.max(np.abs(answer - golden[key])) / max(1.0, float(np.max(np.abs(golden[key])))) for key, answer in pairs.items()
     ]
@@ -169,6 +178,15 @@ class _Encode(nn.Module):
         return tuple(self.aligned(dict(zip(self.names, arrays, strict=True)), present))
 
 
+class _Draw(nn.Module):
+    def __init__(self, vae: MultimodalVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, mean: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
+        return self.vae.draw(Gaussian(mean, log_var), noise.unsqueeze(1)).squeeze(1)
+
+
 class _Decode(nn.Module):
     def __init__(self, vae: MultimodalVAE, modality: str) -> None:
         super().__init__()
@@ -182,6 +200,11 @@ def _encode_graph(vae: MultimodalVAE) -> onnx.ModelProto:
     *arrays, present = _tracing_rows(vae)
     inputs = [*(m.name for m in vae.modalities), "present"]
     return _convert(_program(_Encode(vae), (*arrays, present)), inputs, ["mean", "log_var"])
+
+
+def _draw_graph(vae: MultimodalVAE) -> onnx.ModelProto:
+    rows = tuple(torch.zeros(3, vae.latent) for _ in range(3))
+    return _convert(_program(_Draw(vae), rows), ["mean", "log_var", "noise"], ["z"])
 
 
 def _decode_graph(vae: MultimodalVAE, modality: str) -> onnx.ModelProto:

@@ -56,6 +56,11 @@ class Sabotaged(Runtime):
         answer = super().refine(inputs, present, posterior, anchor, noise)
         return self.after("refine", inputs, answer) if self.after else answer
 
+    def draw(self, posterior: Any, noise: Any) -> Any:
+        self._trip("draw", noise)
+        answer = super().draw(posterior, noise)
+        return self.after("draw", noise, answer) if self.after else answer
+
     def decode(self, modality: str, z: Any) -> Any:
         self._trip("decode", z)
         answer = super().decode(modality, z)
@@ -172,8 +177,9 @@ class TestAnswers:
                 scheduler_of(runtime, max_batch=2),
                 [Work(row, 5, 3, targets=("photo", "word"), num_samples=5, latent=latent, temperature=temperature)],
             )
-            scale = temperature * np.exp(outcome.log_var / 2) if latent == "sample" else 0
-            z = outcome.mean + scale * noise(5, 3, Stream.GENERATE, 5, runtime.latent)
+            posterior = Posterior(*(np.repeat(part[None], 5, axis=0) for part in (outcome.mean, outcome.log_var)))
+            apart = runtime.draw(posterior, noise(5, 3, Stream.GENERATE, 5, runtime.latent)) - outcome.mean
+            z = outcome.mean + (temperature if latent == "sample" else 0) * apart
             assert outcome.generated.keys() == {"photo", "word"}
             for name, values in outcome.generated.items():
                 np.testing.assert_allclose(values, runtime.decode(name, z.astype(np.float32)), rtol=1e-4, atol=1e-5)
@@ -182,7 +188,21 @@ class TestAnswers:
         work = Work(full_row(runtime, 0), 5, 3, sample_embedding=True, temperature=0.0)
         (outcome,) = run(scheduler_of(runtime), [work])
         eps = noise(5, 3, Stream.EMBED, 1, runtime.latent)[0]
-        np.testing.assert_allclose(outcome.sample, outcome.mean + np.exp(outcome.log_var / 2) * eps, rtol=1e-6)
+        drawn = runtime.draw(Posterior(outcome.mean[None], outcome.log_var[None]), eps[None])[0]
+        np.testing.assert_allclose(outcome.sample, drawn, rtol=1e-4, atol=1e-5)
+
+    def test_samples_that_are_no_numbers_fail_their_row_alone(self, sabotaged: Sabotaged, runtime: Runtime) -> None:
+        works = [Work(full_row(runtime, i), 9, i, sample_embedding=True, targets=("word",)) for i in range(3)]
+        worst = noise(9, 1, Stream.EMBED, 1, runtime.latent)[0]
+
+        def spoil(stage: str, given: Any, answer: Any) -> Any:
+            return np.where((given == worst).all(axis=1)[:, None], np.nan, answer) if stage == "draw" else answer
+
+        sabotaged.after = spoil
+        one, broken, other = run(scheduler_of(sabotaged), works)
+        assert isinstance(broken, FloatingPointError)
+        for index, outcome in ((0, one), (2, other)):
+            assert_same(outcome, run(scheduler_of(runtime), [works[index]])[0])
 
 
 class TestRefinement:
@@ -387,7 +407,7 @@ class TestFaults:
         expected = run(scheduler_of(sabotaged), works)
 
         def trip(stage: str, given: Any) -> None:
-            size = len(given) if stage == "decode" else len(given["digit"])
+            size = len(given["digit"]) if stage in ("encode", "refine") else len(given)
             if size > 6:
                 raise RuntimeError("Failed to allocate memory")
 

@@ -62,7 +62,7 @@ def test_a_source_may_stand_on_the_hub() -> None:
         (
             'name = "small"',
             'name = "small"\nseeds = 1',
-            r"  seeds: unknown key: did you mean 'seed'\? Allowed: align, data, joint",
+            r"  seeds: unknown key: did you mean 'seed'\? Allowed: align, data, flow, joint",
         ),
         ("height = 28", "height = 28\nhieght = 2", r"modalities\[0\]\.hieght: unknown key: did you mean 'height'\?"),
         (
@@ -169,7 +169,7 @@ def test_the_hash_is_of_the_meaning(tmp_path: Path) -> None:
 
 def test_what_only_ours_has_is_not_in_the_hash_of_a_rival(tmp_path: Path) -> None:
     rival = SMALL.replace("name =", 'model = "mvae"\nname =', 1)
-    for own in ("[align]\nseveral = 1\n", "[refiner]\nsteps = 8\n", "[refresh]\nepochs = 1\n"):
+    for own in ("[align]\nseveral = 1\n", "[refiner]\nsteps = 8\n", "[refresh]\nepochs = 1\n", "[flow]\nepochs = 1\n"):
         assert load(tmp_path, rival + own).epochs == load(tmp_path, rival).epochs
         assert load(tmp_path, rival + own).sha256 == load(tmp_path, rival).sha256
         assert load(tmp_path, SMALL + own).sha256 != load(tmp_path, SMALL).sha256

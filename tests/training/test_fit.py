@@ -65,7 +65,7 @@ def _frequent() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def settings(make_config: Any) -> Config:
     stage = {"epochs": 4, "batch_size": 15, "learning_rate": 0.01}
-    found: Config = make_config(joint=stage, refiner={**stage, "steps": 1}, align=stage, refresh=stage)
+    found: Config = make_config(joint=stage, refiner={**stage, "steps": 1}, align=stage, refresh=stage, flow=stage)
     return found
 
 
@@ -111,7 +111,7 @@ class Fragile(Run):
         [("save", 1, 0, "before"), ("save", 1, 0, "after"), ("log", 1, 9, "before"), ("save", 1, 12, "after")],
         [("log", 2, 3, "after"), ("save", 2, 12, "before"), ("log", 2, 16, "after"), ("save", 3, 0, "before")],
         [("save", 3, 0, "after"), ("log", 3, 9, "before"), ("save", 3, 12, "after")],
-        [("save", 4, 0, "after")],
+        [("save", 4, 0, "after"), ("log", 4, 9, "before"), ("save", 4, 12, "after"), ("save", 5, 0, "after")],
     ],
     ids=str,
 )
@@ -127,7 +127,7 @@ def test_a_crash_changes_nothing(straight: Run, settings: Config, tmp_path: Path
 def test_every_stage_logs_to_its_end(straight: Run) -> None:
     _, metrics = numbers(straight)
     assert [(m["stage"], m["step"]) for m in metrics] == [
-        (name, step) for name in ("joint", "refiner", "align", "refresh") for step in (3, 6, 9, 12, 15, 16)
+        (name, step) for name in ("joint", "refiner", "align", "refresh", "flow") for step in (3, 6, 9, 12, 15, 16)
     ]
     assert metrics[5]["epoch"] == 4
 
@@ -141,7 +141,7 @@ def test_training_helps(straight: Run) -> None:
 def test_weight_decay_keeps_weights_small(straight: Run, settings: Config, tmp_path: Path) -> None:
     stages = {
         name: getattr(settings, name).model_copy(update={"weight_decay": 5.0})
-        for name in ("joint", "refiner", "align", "refresh")
+        for name in ("joint", "refiner", "align", "refresh", "flow")
     }
     other = settings.model_copy(update=stages)
     run = Run(tmp_path, other)

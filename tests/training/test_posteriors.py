@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from model.vae.flow import Flow
 from model.vae.gaussian import Gaussian
 from model.vae.multimodal import MultimodalVAE
 from training.objectives import every_subset
-from training.posteriors import GaussianPosterior, MixturePosterior, Posterior, log_prior, posteriors
+from training.posteriors import FlowPosterior, GaussianPosterior, MixturePosterior, Posterior, log_prior, posteriors
 
 ROWS, LATENT, MANY = 3, 2, 40_000
 
@@ -81,3 +82,32 @@ def test_a_mixture_of_nothing_is_the_prior() -> None:
     z = torch.randn(ROWS, 7, LATENT, generator=seeded(3))
     torch.testing.assert_close(q.log_density(z), log_prior(z))
     assert torch.equal(q.mean, torch.zeros(ROWS, LATENT))
+
+
+def test_a_flow_has_the_density_of_its_samples() -> None:
+    """E_q[p / q] is 1 for any density p inside q's support."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flow = Flow(latent=LATENT, hidden=7, couplings=4).requires_grad_(False)
+        for parameter in flow.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    gaussian = gaussians(ROWS, LATENT)
+    q = FlowPosterior(gaussian, flow)
+    z = q.sample(MANY, seeded(4))
+    assert z.shape == (ROWS, MANY, LATENT)
+    narrow = GaussianPosterior(Gaussian(z.mean(1), (z.var(1) / 2).log()))
+    ratio = (narrow.log_density(z) - q.log_density(z)).exp()
+    error = 5 * ratio.std(1) / MANY**0.5
+    assert torch.all((ratio.mean(1) - 1).abs() < error)
+    assert error.max() < 0.1
+    assert torch.equal(q.mean, gaussian.mean), "the embedding is the Gaussian's"
+
+
+def test_ours_samples_through_its_flow(tiny_vae: MultimodalVAE, make_vae: Any, make_rows: Any) -> None:
+    flowed = make_vae(tiny_vae.modalities, couplings=2)
+    arrays, seen = make_rows(tiny_vae.modalities, ROWS), torch.ones(ROWS, 4, dtype=torch.bool)
+    (plain,), (shaped,) = posteriors(tiny_vae, arrays, [seen]), posteriors(flowed, arrays, [seen])
+    torch.testing.assert_close(shaped.mean, plain.mean)  # the flow's weights are drawn last
+    assert not torch.allclose(shaped.sample(2, seeded()), plain.sample(2, seeded()))
+    noise = torch.randn(ROWS, 2, tiny_vae.latent, generator=seeded())
+    torch.testing.assert_close(shaped.sample(2, seeded()), flowed.draw(shaped.gaussian, noise))

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.vae.gaussian import antithetic, kl, standard_like
+from model.vae.gaussian import antithetic, kl, sample, standard_like
 from model.vae.multimodal import MultimodalVAE
 from training import config, stages
 from training.data import Batch
 from training.objectives import every_subset
 from training.parallel import Noise
-from training.stages import align_loss, joint_loss, refiner_loss, refresh_loss
+from training.posteriors import FlowPosterior
+from training.stages import align_loss, flow_loss, joint_loss, refiner_loss, refresh_loss
 
 ROWS = 6
 REFINER = config.Refiner(steps=2, samples=2)
@@ -232,6 +233,54 @@ def test_the_refresh_may_take_more_steps_than_the_teacher(vae: MultimodalVAE, ba
     assert torch.equal(align.loss(batch, seeded())[0], align_loss(vae, batch, seeded(), teacher, settings.align)[0])
     assert make_config(refiner={"steps": 1}, refresh={"epochs": 0, "steps": 3}).horizon == 1
     assert make_config(refiner={"steps": 0}, refresh={"epochs": 1, "steps": 3}).horizon == 0
+
+
+@pytest.fixture
+def flowed(tiny_vae: MultimodalVAE, make_vae: Any) -> MultimodalVAE:
+    return make_vae(tiny_vae.modalities, couplings=2).requires_grad_(True)
+
+
+def test_the_flow_is_the_last_stage_and_learns_alone(flowed: MultimodalVAE, batch: Batch, make_config: Any) -> None:
+    settings = make_config(refiner={"steps": 2, "samples": 2}, flow={"epochs": 1})
+    *_, stage = stages.stages(flowed, settings)
+    assert (stage.name, stage.settings) == ("flow", settings.flow)
+    loss, figures = stage.loss(batch, seeded())
+    assert torch.equal(loss, flow_loss(flowed, batch, seeded(), REFINER, settings.horizon)[0])
+    assert all(bool(slope.any()) for slope in slopes(flowed, loss, "flow"))
+    assert not any(bool(g.any()) for part in ("joint", "decoders", "refiner", "aligned") for g in slopes(flowed, loss, part))
+    torch.testing.assert_close(-loss, figures["log_density"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flow_loss(flowed, batch, seeded(), REFINER, 2)[0].dtype == torch.float32
+
+
+def test_the_flow_learns_what_the_refined_teacher_allows(
+    flowed: MultimodalVAE, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss is the mean over subsets, and one of them refined, of -log q of samples of the teacher."""
+    honest, found = stages._refined, []
+
+    def watch(*given: Any, **options: Any) -> Any:
+        found.append((given, honest(*given, **options)))
+        return found[-1][1]
+
+    monkeypatch.setattr(stages, "_refined", watch)
+    loss, _ = flow_loss(flowed, batch, seeded(), REFINER, 3)
+    (teaching, taught), (climbing, climbed) = found
+    assert teaching[3].steps == REFINER.steps
+    assert climbing[3].steps in (1, 2, 3)
+    seen = climbing[1].present
+    torch.testing.assert_close(climbing[4].mean, flowed.aligned(batch.arrays, seen).mean)
+    noise = seeded()
+    noise.normal(1, flowed.latent)
+    z = sample(taught.posterior, noise.normal(2, flowed.latent))
+    terms = []
+    for mask in [*(batch.present & subset for subset in every_subset(4)), None]:
+        student = climbed.posterior if mask is None else flowed.aligned(batch.arrays, mask)
+        some = (seen if mask is None else mask).any(1)
+        terms.append(torch.where(some, FlowPosterior(student, flowed.flow).log_density(z).mean(1), 0.0))
+    torch.testing.assert_close(loss, -torch.stack(terms).mean())
+    without, _ = flow_loss(flowed, batch, seeded(), REFINER, 0)
+    torch.testing.assert_close(without, -torch.stack(terms[:-1]).mean())
 
 
 def test_many_modalities_align_some_subsets_at_a_time(

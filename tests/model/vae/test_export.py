@@ -18,7 +18,7 @@ from model.runtime import Posterior, Runtime
 from model.skipping import skip_absent
 from model.vae import export
 from model.vae.export import INLINE_BYTES, PARITY_TOLERANCE, ExportError, export_bundle, parity
-from model.vae.gaussian import Gaussian
+from model.vae.gaussian import Gaussian, sample
 from model.vae.multimodal import MultimodalVAE
 
 SUBSETS = [mask for mask in itertools.product([True, False], repeat=4) if any(mask)]
@@ -62,6 +62,48 @@ def test_graphs_agree_with_the_model(
     assert difference(after.mean, refined.mean) <= PARITY_TOLERANCE
     assert difference(after.log_var, refined.log_var) <= PARITY_TOLERANCE
     assert difference(objective, value) <= PARITY_TOLERANCE
+
+
+def test_a_flow_is_exported_and_samples_go_through_it(
+    tiny_modalities, make_vae, make_rows, tiny_facts: dict[str, Any], tmp_path: Path
+) -> None:
+    vae, examples = make_vae(tiny_modalities, couplings=3), make_rows(tiny_modalities, 15)
+    q, _, noise = draw(4, vae)
+    assert (vae.draw(q, noise) - sample(q, noise)).abs().max() > 0.01
+    made = export_bundle(vae, tmp_path / "b", facts=tiny_facts, samples=2, horizon=3, examples=examples, card="")
+    assert (made.manifest.format, made.manifest.graphs.draw) == (3, "draw.onnx")
+    runtime = Runtime(made, threads=1)
+    for rows in (1, 3, 16):
+        q, _, noise = draw(rows, vae, samples=1)
+        z = runtime.draw(Posterior(q.mean.numpy(), q.log_var.numpy()), noise[:, 0].numpy())
+        assert difference(z, vae.draw(q, noise)[:, 0]) <= PARITY_TOLERANCE
+        assert parity(vae, runtime, make_rows(tiny_modalities, rows, seed=rows)) <= PARITY_TOLERANCE
+    for weight in vae.flow.parameters():
+        weight.data *= 1.1
+    assert parity(vae, runtime, examples) > PARITY_TOLERANCE, "parity looks at samples too"
+
+
+def test_a_flow_that_differs_is_found_by_the_golden_examples(
+    tiny_modalities, make_vae, make_rows, tiny_facts: dict[str, Any], tmp_path: Path
+) -> None:
+    vae, examples = make_vae(tiny_modalities, couplings=3), make_rows(tiny_modalities, 15)
+    made = export_bundle(vae, tmp_path / "b", facts=tiny_facts, samples=2, horizon=3, examples=examples, card="")
+    runtime = Runtime(made, threads=1)
+    runtime.replay_golden(PARITY_TOLERANCE)
+    runtime._draw = None
+    with pytest.raises(bundle.BundleError, match="golden examples differ"):
+        runtime.replay_golden(PARITY_TOLERANCE)
+
+
+def test_without_a_flow_samples_are_the_gaussians(
+    tiny_vae: MultimodalVAE, tiny_bundle: bundle.Bundle, runtime: Runtime
+) -> None:
+    q, _, noise = draw(5, tiny_vae, samples=1)
+    z = runtime.draw(Posterior(q.mean.numpy(), q.log_var.numpy()), noise[:, 0].numpy())
+    assert difference(z, sample(q, noise)[:, 0]) <= PARITY_TOLERANCE
+    assert tiny_bundle.manifest.format < 3
+    stated = json.loads((tiny_bundle.path / bundle.MANIFEST).read_text())
+    assert "draw" not in stated["graphs"], "which older readers would refuse"
 
 
 def test_a_product_of_experts_is_exported_and_skips_what_is_absent(
