@@ -43,7 +43,7 @@ def stages(vae: MultimodalVAE, settings: config.Config) -> list[Stage]:
     if settings.refresh.epochs and refiner.steps:
         found.append(Stage("refresh", settings.refresh, lambda batch, noise: refresh_loss(vae, batch, noise, again)))
     if settings.flow.epochs:
-        found.append(Stage("flow", settings.flow, lambda batch, noise: flow_loss(vae, batch, noise, refiner, settings.horizon)))
+        found.append(Stage("flow", settings.flow, lambda batch, noise: flow_loss(vae, batch, noise, settings)))
     return found
 
 
@@ -114,38 +114,42 @@ def refresh_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: confi
     return refined.loss.mean() / settings.steps, {"objective": at_start.mean(), "refined": at_refined.mean()}
 
 
-def flow_loss(
-    vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Refiner, horizon: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+def flow_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.Config) -> tuple[Tensor, dict[str, Tensor]]:
     """-E log q(z | x_S) of samples z of the refined joint posterior: forward KL, which covers all that a subset leaves open.
 
     The flow learns it around the aligned posterior of every subset and, of one subset a row, around it refined. Nothing else
     has a gradient.
-
-    Args:
-        settings: of the teacher's refinement.
-        horizon: steps that a student's takes at most.
     """
     assert vae.flow is not None
     with torch.no_grad():
-        teacher = _refined(vae, batch, noise, settings, vae.joint(batch.arrays, batch.present), None, learn=False).posterior
+        joint = vae.joint(batch.arrays, batch.present)
+        teacher = _refined(vae, batch, noise, settings.refiner, joint, None, learn=False).posterior
         z = sample(teacher, noise.normal(2, vae.latent))
         subsets = _some_subsets(vae, noise)
         features = vae.aligned.features(batch.arrays, batch.present)
         masks = [batch.present & subset for subset in subsets]
         students = [vae.aligned.fuse(features, seen) for seen in masks]
-        if horizon:
+        if settings.horizon:
             seen = batch.present & subsets[noise.choices(len(subsets))]
-            start, steps = vae.aligned.fuse(features, seen), 1 + int(noise.order(horizon)[0])
-            part, climb = Batch(batch.arrays, seen, batch.labels), settings.model_copy(update={"steps": steps})
+            start, steps = vae.aligned.fuse(features, seen), 1 + int(noise.order(settings.horizon)[0])
+            part, climb = Batch(batch.arrays, seen, batch.labels), settings.refiner.model_copy(update={"steps": steps})
             students.append(_refined(vae, part, noise, climb, start, _anchor(start, seen), learn=False).posterior)
             masks.append(seen)
-    student = Gaussian(*(torch.cat(parts) for parts in zip(*students, strict=True)))
     some = torch.stack([seen.any(1) for seen in masks])
+    every = Gaussian(*(torch.cat(parts) for parts in zip(*students, strict=True)))
     with torch.autocast("cpu", enabled=False):  # eight couplings in a row want their digits
-        density = FlowPosterior(student, vae.flow).log_density(z.repeat(len(masks), 1, 1)).mean(1).view(some.shape)
+        density = FlowPosterior(every, vae.flow).log_density(z.repeat(len(masks), 1, 1)).mean(1).view(some.shape)
     density = torch.where(some, density, 0.0).mean()
-    return -density, {"log_density": density}
+    loss, figures = -density, {"log_density": density}
+    if settings.flow.reconstruction:
+        choice, rows = noise.choices(len(students)), torch.arange(len(batch))
+        student = Gaussian(*(torch.stack(parts)[choice, rows] for parts in zip(*students, strict=True)))
+        with torch.autocast("cpu", enabled=False):
+            drawn = vae.draw(student, noise.normal(1, vae.latent))[:, 0]
+        evidence = torch.where(some[choice, rows], _evidence(vae, batch, drawn, through=False), 0.0).mean()
+        loss = loss - settings.flow.reconstruction * evidence
+        figures["reconstruction"] = evidence
+    return loss, figures
 
 
 def _some_subsets(vae: MultimodalVAE, noise: Noise) -> Bool[Tensor, "subset modality"]:

@@ -245,18 +245,19 @@ def test_the_flow_is_the_last_stage_and_learns_alone(flowed: MultimodalVAE, batc
     *_, stage = stages.stages(flowed, settings)
     assert (stage.name, stage.settings) == ("flow", settings.flow)
     loss, figures = stage.loss(batch, seeded())
-    assert torch.equal(loss, flow_loss(flowed, batch, seeded(), REFINER, settings.horizon)[0])
+    assert torch.equal(loss, flow_loss(flowed, batch, seeded(), settings)[0])
     assert all(bool(slope.any()) for slope in slopes(flowed, loss, "flow"))
     assert not any(bool(g.any()) for part in ("joint", "decoders", "refiner", "aligned") for g in slopes(flowed, loss, part))
     torch.testing.assert_close(-loss, figures["log_density"])
     with torch.autocast("cpu", torch.bfloat16):
-        assert flow_loss(flowed, batch, seeded(), REFINER, 2)[0].dtype == torch.float32
+        assert flow_loss(flowed, batch, seeded(), settings)[0].dtype == torch.float32
 
 
 def test_the_flow_learns_what_the_refined_teacher_allows(
-    flowed: MultimodalVAE, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    flowed: MultimodalVAE, batch: Batch, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its loss is the mean over subsets, and one of them refined, of -log q of samples of the teacher."""
+    settings = make_config(refiner={"steps": 2, "samples": 2}, refresh={"epochs": 1, "steps": 3}, flow={"epochs": 1})
     honest, found = stages._refined, []
 
     def watch(*given: Any, **options: Any) -> Any:
@@ -264,9 +265,9 @@ def test_the_flow_learns_what_the_refined_teacher_allows(
         return found[-1][1]
 
     monkeypatch.setattr(stages, "_refined", watch)
-    loss, _ = flow_loss(flowed, batch, seeded(), REFINER, 3)
+    loss, _ = flow_loss(flowed, batch, seeded(), settings)
     (teaching, taught), (climbing, climbed) = found
-    assert teaching[3].steps == REFINER.steps
+    assert teaching[3].steps == 2
     assert climbing[3].steps in (1, 2, 3)
     seen = climbing[1].present
     torch.testing.assert_close(climbing[4].mean, flowed.aligned(batch.arrays, seen).mean)
@@ -279,8 +280,27 @@ def test_the_flow_learns_what_the_refined_teacher_allows(
         some = (seen if mask is None else mask).any(1)
         terms.append(torch.where(some, FlowPosterior(student, flowed.flow).log_density(z).mean(1), 0.0))
     torch.testing.assert_close(loss, -torch.stack(terms).mean())
-    without, _ = flow_loss(flowed, batch, seeded(), REFINER, 0)
-    torch.testing.assert_close(without, -torch.stack(terms[:-1]).mean())
+    flow_loss(flowed, batch, seeded(), make_config(refiner={"steps": 0}, flow={"epochs": 1}))
+    assert len(found) == 3, "no student is refined by a refiner that never learned"
+
+
+def test_samples_through_the_flow_learn_to_reconstruct(flowed: MultimodalVAE, batch: Batch, make_config: Any) -> None:
+    def loss(weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        settings = make_config(refiner={"steps": 1, "samples": 2}, flow={"epochs": 1, "reconstruction": weight})
+        return flow_loss(flowed, batch, seeded(), settings)
+
+    (plain, _), (more, figures) = loss(0.0), loss(0.5)
+    torch.testing.assert_close(plain - more, 0.5 * figures["reconstruction"])
+    assert any(bool(g.any()) for g in slopes(flowed, figures["reconstruction"], "flow"))
+    assert not any(bool(g.any()) for g in slopes(flowed, figures["reconstruction"], "decoders"))
+    optimizer = torch.optim.Adam(flowed.flow.parameters(), lr=0.01)
+    settings = make_config(refiner={"steps": 1, "samples": 2}, flow={"epochs": 1, "reconstruction": 5.0})
+    before = loss(0.5)[1]["reconstruction"].item()
+    for seed in range(40):
+        optimizer.zero_grad()
+        flow_loss(flowed, batch, seeded(seed + 1), settings)[0].backward()
+        optimizer.step()
+    assert loss(0.5)[1]["reconstruction"].item() > before + 1
 
 
 def test_many_modalities_align_some_subsets_at_a_time(
