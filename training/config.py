@@ -208,9 +208,6 @@ class Flow(Stage):
 
     epochs: NonNegativeInt = 0
     couplings: PositiveInt = 8
-    reconstruction: float = Field(default=0, ge=0)
-    """Weight of reconstructing all modalities from a sample around a random subset's posterior, against the log density. High,
-    samples are coherent; low, they vary as much as all that fits."""
 
 
 Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf"]

@@ -140,16 +140,7 @@ def flow_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.C
     with torch.autocast("cpu", enabled=False):  # eight couplings in a row want their digits
         density = FlowPosterior(every, vae.flow).log_density(z.repeat(len(masks), 1, 1)).mean(1).view(some.shape)
     density = torch.where(some, density, 0.0).mean()
-    loss, figures = -density, {"log_density": density}
-    if settings.flow.reconstruction:
-        choice, rows = noise.choices(len(students)), torch.arange(len(batch))
-        student = Gaussian(*(torch.stack(parts)[choice, rows] for parts in zip(*students, strict=True)))
-        with torch.autocast("cpu", enabled=False):
-            drawn = vae.draw(student, noise.normal(1, vae.latent))[:, 0]
-        evidence = torch.where(some[choice, rows], _evidence(vae, batch, drawn, through=False), 0.0).mean()
-        loss = loss - settings.flow.reconstruction * evidence
-        figures["reconstruction"] = evidence
-    return loss, figures
+    return -density, {"log_density": density}
 
 
 def _some_subsets(vae: MultimodalVAE, noise: Noise) -> Bool[Tensor, "subset modality"]:

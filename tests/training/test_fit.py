@@ -41,7 +41,7 @@ def train(settings: Config, run: Run) -> Any:
 def numbers(run: Run) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Weights, and metrics but for the times."""
     position, state = run.checkpoint() or pytest.fail("no checkpoint")
-    assert position == Position(4, 0)
+    assert position == Position(len({line["stage"] for line in run.metrics()}), 0)
     return state["model"], [{k: v for k, v in line.items() if k not in TIMES} for line in run.metrics()]
 
 
@@ -190,14 +190,14 @@ def test_the_aligned_encoder_starts_from_the_joint_one(
     honest, seen = fit.stages, []
 
     def watched(vae: Any, plan: Config) -> list[Any]:
-        *before, align, after = honest(vae, plan)
+        *before, align, refresh, flow = honest(vae, plan)
 
         def loss(batch: Any, generator: torch.Generator) -> Any:
             pairs = zip(vae.aligned.parameters(), vae.joint.parameters(), strict=True)
             seen.append(all(torch.equal(aligned, joint) for aligned, joint in pairs))
             return align.loss(batch, generator)
 
-        return [*before, type(align)(align.name, align.settings, loss), after]
+        return [*before, type(align)(align.name, align.settings, loss), refresh, flow]
 
     monkeypatch.setattr(fit, "stages", watched)
     train(settings, Run(tmp_path, settings))
