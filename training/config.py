@@ -256,8 +256,8 @@ class Config(_Table):
         is not used, changes none. What only ours has is not in a rival's."""
         content = self.model_dump(mode="json", exclude_defaults=True)
         if self.model != "concord":
-            content.pop("refresh", None)
-            content.pop("flow", None)
+            for own in ("refresh", "flow", "version"):  # no bundle is made of a rival
+                content.pop(own, None)
             for stage in {"refiner", "align"} & content.keys():
                 shared = {name: value for name, value in content.pop(stage).items() if name in Stage.model_fields}
                 content |= {stage: shared} if shared else {}

@@ -173,6 +173,7 @@ def test_what_only_ours_has_is_not_in_the_hash_of_a_rival(tmp_path: Path) -> Non
         assert load(tmp_path, rival + own).epochs == load(tmp_path, rival).epochs
         assert load(tmp_path, rival + own).sha256 == load(tmp_path, rival).sha256
         assert load(tmp_path, SMALL + own).sha256 != load(tmp_path, SMALL).sha256
+    assert load(tmp_path, 'version = "9"\n' + rival).sha256 == load(tmp_path, rival).sha256
     for shared in ("[align]\nepochs = 7\n", "[joint]\nbatch_size = 7\n", "[objective]\nbeta = 2\n"):
         assert load(tmp_path, rival + shared).sha256 != load(tmp_path, rival).sha256
 
