@@ -74,7 +74,7 @@ def test_what_waits_to_be_decoded_is_bounded_and_told_when_to_come_back(serve: S
         assert {(answer.json()["code"], int(answer.headers["retry-after"]) >= 1) for answer in refused} == {
             ("queue_full", True)
         }
-        assert "decoded" in refused[0].json()["detail"]
+        assert any("decoded" in answer.json()["detail"] for answer in refused), "and not only at the queue behind"
         cost(client, SMALL)
 
 
