@@ -281,7 +281,12 @@ class Scheduler:
         counts = [count for _, _, count, _ in wanted]
         mean, log_var = (np.repeat([getattr(row, part) for row, *_ in wanted], counts, axis=0) for part in ("mean", "log_var"))
         eps = np.concatenate(
-            [noise(row.work.seed, row.work.index, stream, count, self._runtime.latent) for row, stream, count, _ in wanted]
+            [
+                noise(row.work.seed, row.work.index, stream, count, self._runtime.latent)
+                if temperature
+                else np.zeros((count, self._runtime.latent), np.float32)
+                for row, stream, count, temperature in wanted
+            ]
         )
         temperature = np.repeat(np.array([temperature for *_, temperature in wanted], np.float32), counts)[:, np.newaxis]
         z = mean + temperature * (self._runtime.draw(Posterior(mean, log_var), eps) - mean)

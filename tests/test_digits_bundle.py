@@ -52,7 +52,7 @@ def test_a_word_gives_its_digit(runtime: Runtime, digit: int) -> None:
 
 
 def test_samples_of_a_word_mostly_give_its_digit(runtime: Runtime) -> None:
-    """Samples are the weak spot of Gaussian posteriors, between two modes lies no digit: hence the flow."""
+    """Samples are the weak spot of Gaussian posteriors, between two modes lies no digit."""
     noise = np.random.default_rng(0).standard_normal((SAMPLES, runtime.latent), dtype=np.float32)
     right = []
     for digit, word in enumerate(WORDS):

@@ -55,16 +55,11 @@ class GaussianPosterior:
 
 
 class FlowPosterior(GaussianPosterior):
-    """A Gaussian to embed and to refine, its samples drawn through a flow."""
+    """A Gaussian, whose mean is the embedding, its samples drawn through a flow."""
 
     def __init__(self, gaussian: Gaussian, flow: Flow) -> None:
         super().__init__(gaussian)
         self.flow = flow
-
-    @property
-    def mean(self) -> Tensor:
-        """Of the Gaussian: what the service embeds."""
-        return self.gaussian.mean
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         drawn: Tensor = self.flow(self.gaussian, torch.randn(len(self.mean), count, self.mean.shape[-1], generator=generator))

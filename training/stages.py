@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from model.vae.gaussian import Gaussian, antithetic, kl, sample, standard_like
+from model.vae.gaussian import Gaussian, antithetic, kl, sample, served_anchor, standard_like
 from model.vae.multimodal import MultimodalVAE
 from training import config
 from training.data import Batch
@@ -107,7 +107,7 @@ def refresh_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: confi
     part = Batch(batch.arrays, seen, batch.labels)
     with torch.no_grad():
         start = vae.aligned(part.arrays, seen)
-    anchor = _anchor(start, seen)
+    anchor = served_anchor(start, seen)
     refined = _refined(vae, part, noise, settings, start, anchor, learn=True)
     with torch.no_grad():
         at_start, at_refined = elbos(vae, part, [start, refined.posterior], noise.normal(2, vae.latent), anchor)
@@ -133,11 +133,11 @@ def flow_loss(vae: MultimodalVAE, batch: Batch, noise: Noise, settings: config.C
             seen = batch.present & subsets[noise.choices(len(subsets))]
             start, steps = vae.aligned.fuse(features, seen), 1 + int(noise.order(settings.horizon)[0])
             part, climb = Batch(batch.arrays, seen, batch.labels), settings.refiner.model_copy(update={"steps": steps})
-            students.append(_refined(vae, part, noise, climb, start, _anchor(start, seen), learn=False).posterior)
+            students.append(_refined(vae, part, noise, climb, start, served_anchor(start, seen), learn=False).posterior)
             masks.append(seen)
     some = torch.stack([seen.any(1) for seen in masks])
     every = Gaussian(*(torch.cat(parts) for parts in zip(*students, strict=True)))
-    with torch.autocast("cpu", enabled=False):  # eight couplings in a row want their digits
+    with torch.autocast("cpu", enabled=False):  # many couplings in a row want their digits
         density = FlowPosterior(every, vae.flow).log_density(z.repeat(len(masks), 1, 1)).mean(1).view(some.shape)
     density = torch.where(some, density, 0.0).mean()
     return -density, {"log_density": density}
@@ -151,12 +151,6 @@ def _some_subsets(vae: MultimodalVAE, noise: Noise) -> Bool[Tensor, "subset moda
     singles = len(vae.modalities)
     others = noise.order(len(subsets) - singles)[: MAX_SUBSETS - singles] + singles
     return torch.cat((subsets[:singles], subsets[others]))
-
-
-def _anchor(start: Gaussian, seen: Bool[Tensor, "batch modality"]) -> Gaussian:
-    """What the service holds refinement to: the prior where nothing is missing, else the start."""
-    complete = seen.all(1, keepdim=True)
-    return Gaussian(*(torch.where(complete, prior, own) for prior, own in zip(standard_like(start), start, strict=True)))
 
 
 def _evidence(vae: MultimodalVAE, batch: Batch, z: Float[Tensor, "batch latent"], *, through: bool) -> Float[Tensor, " batch"]:

@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 
 from model import bundle
 from model.runtime import Posterior, Runtime
-from model.vae.gaussian import Gaussian, antithetic, standard_like
+from model.vae.gaussian import Gaussian, antithetic, served_anchor
 from model.vae.multimodal import MultimodalVAE
 from model.vae.tracing import MAX_BATCH, trace
 
@@ -115,9 +115,7 @@ def golden_examples(vae: MultimodalVAE, examples: Arrays, samples: int) -> dict[
     noise = antithetic(torch.randn(rows, samples // 2, vae.latent, generator=generator))
     with torch.no_grad():
         start = vae.aligned(examples, present)
-        complete = present.all(1, keepdim=True)
-        prior = standard_like(start)
-        anchor = Gaussian(*(torch.where(complete, p, s) for p, s in zip(prior, start, strict=True)))
+        anchor = served_anchor(start, present)
         refined, objective = vae.refine_step(examples, present, start, anchor, noise)
         values = {f"value.{m.name}": vae.decode(m.name, start.mean) for m in vae.modalities}
         if vae.flow is not None:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 LOG_VAR_RANGE = (-8.0, 4.0)
@@ -29,6 +29,12 @@ def bounded(mean: Float[Tensor, "*batch latent"], log_var: Float[Tensor, "*batch
 def standard_like(posterior: Gaussian) -> Gaussian:
     """The prior N(0, I), shaped as ``posterior``."""
     return Gaussian(torch.zeros_like(posterior.mean), torch.zeros_like(posterior.log_var))
+
+
+def served_anchor(start: Gaussian, present: Bool[Tensor, "batch modality"]) -> Gaussian:
+    """What the service holds refinement to: the prior where nothing is missing, else the start."""
+    complete = present.all(1, keepdim=True)
+    return Gaussian(*(torch.where(complete, prior, own) for prior, own in zip(standard_like(start), start, strict=True)))
 
 
 def sample(posterior: Gaussian, noise: Float[Tensor, "batch sample latent"]) -> Float[Tensor, "batch sample latent"]:
