@@ -25,21 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from model.exchange import put_in_place
-from model.modality import CategoricalModality, ImageModality, Modality, TextModality, unlearned
+from model.manifest import FORMAT, MAX_FILE_BYTES, FileEntry, Manifest, oldest_format
+from model.modality import unlearned
 
-FORMAT = 3
-"""The newest that is read. Written is the oldest that can tell of the bundle's modalities and graphs: 1 knows images of one or
-three channels, texts of characters, vectors and attributes; 2 came with words, unknown characters, texts
-that are cut or shifted, classes and any other image; 3 with samples that are not a Gaussian's."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
 MAP = "map.npz"
 CARD = "README.md"
-MAX_FILE_BYTES = 2 << 30
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx"})
 BUILTIN_FOLDER = Path(__file__).parent / "bundles"
 DEFAULT_BUNDLE = "digits"
@@ -47,70 +43,6 @@ DEFAULT_BUNDLE = "digits"
 
 class BundleError(Exception):
     """A bundle that must not be served. The message names the file and says what to do."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Strict):
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0, le=MAX_FILE_BYTES)
-
-
-class Graphs(_Strict):
-    """File name of each graph."""
-
-    encode: str
-    refine: str
-    decode: dict[str, str]
-    draw: str | None = None
-    """Gives samples of a posterior. None: they are those of the Gaussian."""
-
-
-class RefinementFacts(_Strict):
-    """What a caller of the refine graph must know."""
-
-    samples: int = Field(ge=1)
-    """Noise samples a row: the graph's ``noise`` is (batch, samples, latent)."""
-    horizon: int = Field(ge=1)
-    """Steps the refiner was trained for."""
-
-
-class DataSource(_Strict):
-    file: str
-    sha256: str
-    rows: int
-    licence: str
-
-
-class Provenance(_Strict):
-    created: str
-    code_revision: str
-    config_sha256: str
-    seed: int
-    libraries: dict[str, str]
-    data: list[DataSource]
-
-
-class Manifest(_Strict):
-    """What the service must know to use the graphs, and what a reader wants to know of their origin."""
-
-    format: int = Field(ge=1)
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
-    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")
-    modalities: list[Modality] = Field(min_length=2, max_length=8)
-    latent: int = Field(ge=1)
-    beta: float = Field(gt=0)
-    """Weight of the KL term in the objective that refinement climbs."""
-    weights: dict[str, float]
-    """Likelihood weight of each modality in that objective."""
-    graphs: Graphs
-    refinement: RefinementFacts
-    files: dict[str, FileEntry]
-    """Every file the service reads, by name."""
-    provenance: Provenance
-    metrics: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -158,7 +90,7 @@ def read(path: Path) -> Bundle:
     raw = _read_bytes(path, MANIFEST)
     manifest = _parse_manifest(path, raw)
     found = Bundle(path=path, manifest=manifest, sha256=hashlib.sha256(raw).hexdigest())
-    graphs = _graph_names(manifest)
+    graphs = manifest.graphs.names
     for name in manifest.files:
         content = found.content(name)
         if name in graphs:
@@ -188,7 +120,7 @@ def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str
             content = file.read_bytes()
             _write_durably(staging / file.name, content)
             entries[file.name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-        manifest = Manifest(format=_format(facts), files=entries, **facts)
+        manifest = Manifest(format=oldest_format(facts), files=entries, **facts)
         _write_durably(staging / CARD, card.encode())
         fields = manifest.model_dump(mode="json")
         if manifest.graphs.draw is None:
@@ -201,21 +133,6 @@ def write(path: Path, facts: Mapping[str, Any], files: Iterable[Path], card: str
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return read(path)
-
-
-def _format(facts: Mapping[str, Any]) -> int:
-    told = [TypeAdapter(Modality).validate_python(fields) for fields in facts["modalities"]]
-    drawn = Graphs.model_validate(facts["graphs"]).draw is not None
-    return max([3 if drawn else 1, *map(_oldest_format, told)])
-
-
-def _oldest_format(modality: Modality) -> int:
-    if isinstance(modality, ImageModality):
-        return 1 if modality.in_files else 2
-    if isinstance(modality, TextModality):
-        old = modality.unit == "character" and modality.likelihood == "categorical" and modality.too_long == "refuse"
-        return 1 if old and modality.unknown_token is None else 2
-    return 2 if isinstance(modality, CategoricalModality) else 1
 
 
 def _parse_manifest(path: Path, raw: bytes) -> Manifest:
@@ -240,15 +157,10 @@ def _parse_manifest(path: Path, raw: bytes) -> Manifest:
         raise BundleError(f"{path / MANIFEST}: a modality is described twice: {names}")
     if set(manifest.graphs.decode) != set(names) or set(manifest.weights) != set(names):
         raise BundleError(f"{path / MANIFEST}: graphs and weights must name exactly the modalities {names}")
-    missing = {*_graph_names(manifest), WEIGHTS, GOLDEN} - set(manifest.files)
+    missing = {*manifest.graphs.names, WEIGHTS, GOLDEN} - set(manifest.files)
     if missing:
         raise BundleError(f"{path / MANIFEST}: no hash for {sorted(missing)}")
     return manifest
-
-
-def _graph_names(manifest: Manifest) -> list[str]:
-    graphs = manifest.graphs
-    return [graphs.encode, graphs.refine, *graphs.decode.values(), *([graphs.draw] if graphs.draw else [])]
 
 
 def _read_bytes(folder: Path, name: str) -> bytes:

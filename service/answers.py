@@ -9,7 +9,7 @@ import orjson
 from jaxtyping import Float32
 
 from model import codec
-from model.bundle import Manifest
+from model.manifest import Manifest
 from service.calls import Item, Rejected
 from service.engine import Outcome, Refinement
 from service.schemas import EmbedOptions, GenerateOptions

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from model.bundle import Manifest
+from model.manifest import Manifest
 from service import answers, body
 from service.answers import Result
 from service.bundles import Bundles

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import structlog
 
 from model import codec
-from model.bundle import Manifest
+from model.manifest import Manifest
 from model.runtime import Runtime
 from service.calls import Reader
 from service.engine import Engine, EngineFailed, Outcome, QueueFull, Work

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.bundle import DataSource
+from model.manifest import DataSource
 from model.modality import Modality
 from training.augmentation import draw_variations, varied
 from training.config import Config, Data

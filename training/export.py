@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.bundle import Bundle, DataSource
+from model.bundle import Bundle
+from model.manifest import DataSource
 from model.vae.export import export_bundle
 from model.vae.multimodal import MultimodalVAE
 from training.config import Config

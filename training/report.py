@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.bundle import Manifest
+from model.manifest import Manifest
 from training.scores import average, coherence, finished, name_of, title_of
 
 COLUMNS = {

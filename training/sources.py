@@ -15,7 +15,7 @@ import pyarrow.parquet
 from jaxtyping import Int64
 from numpy.typing import NDArray
 
-from model.bundle import DataSource
+from model.manifest import DataSource
 from model.modality import Modality
 from training.columns import UNKNOWN, Column, Rows, columns_of, decode
 from training.config import Place, Source

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from model import bundle
 from model.bundle import MANIFEST, WEIGHTS, BundleError, read, write
+from model.manifest import FORMAT, MAX_FILE_BYTES
 
 ROOT = Path(bundle.__file__).parent.parent
 FILES = [
@@ -95,7 +96,7 @@ def test_a_file_cut_short_or_missing_is_refused(folder: Path, name: str) -> None
 
 
 def test_a_file_of_more_than_any_bundle_holds_is_not_read(folder: Path) -> None:
-    os.truncate(folder / WEIGHTS, bundle.MAX_FILE_BYTES + 1)  # a hole: it fills no disk
+    os.truncate(folder / WEIGHTS, MAX_FILE_BYTES + 1)  # a hole: it fills no disk
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BundleError, match="larger than"):
         read(folder)
@@ -111,7 +112,7 @@ def test_every_changed_byte_of_the_manifest_changes_the_bundles_number(folder: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.update(format=bundle.FORMAT + 1), "Install a newer concord"),
+        (lambda f: f.update(format=FORMAT + 1), "Install a newer concord"),
         (lambda f: f.update(format=0), "format"),
         (lambda f: f.update(format="1"), "no format number"),
         (lambda f: f.pop("format"), "no format number"),
@@ -131,7 +132,7 @@ def test_every_changed_byte_of_the_manifest_changes_the_bundles_number(folder: P
         (lambda f: f["files"].pop("decode-text.onnx"), "no hash for .*decode-text.onnx"),
         (lambda f: f["graphs"].update(encode="../encode.onnx"), "no hash for .*encode.onnx"),
         (lambda f: f["files"][WEIGHTS].update(sha256="0" * 63), "sha256"),
-        (lambda f: f["files"][WEIGHTS].update(bytes=bundle.MAX_FILE_BYTES + 1), "bytes"),
+        (lambda f: f["files"][WEIGHTS].update(bytes=MAX_FILE_BYTES + 1), "bytes"),
     ],
 )
 def test_a_lying_manifest_is_refused(folder: Path, change: Change, message: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from model import bundle
+from model.manifest import FileEntry
 from model.runtime import Posterior, Runtime
 
 LATENT, SAMPLES = 6, 2
@@ -35,7 +36,7 @@ def arguments(make_rows: Any, runtime: Runtime, rows: int, seed: int = 0) -> tup
 def resealed(opened: bundle.Bundle, folder: Path, name: str) -> bundle.Bundle:
     """A copy in ``folder``, its manifest in line with what ``name`` holds now."""
     content = (folder / name).read_bytes()
-    entry = bundle.FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
     manifest = opened.manifest.model_copy(update={"files": {**opened.manifest.files, name: entry}})
     return bundle.Bundle(folder, manifest, opened.sha256)
 

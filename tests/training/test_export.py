@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from model import bundle
+from model.manifest import Manifest
 from training import config, export
 
 
 @pytest.fixture(scope="module")
-def manifest(finished: Any) -> bundle.Manifest:
+def manifest(finished: Any) -> Manifest:
     return bundle.read(finished.bundle).manifest
 
 
-def test_the_provenance_names_the_run(manifest: bundle.Manifest, finished: Any) -> None:
+def test_the_provenance_names_the_run(manifest: Manifest, finished: Any) -> None:
     settings, provenance = config.load(finished.config), manifest.provenance
     assert (manifest.name, manifest.version) == (settings.name, settings.version)
     assert provenance.config_sha256 == settings.sha256 == json.loads((finished.folder / "config.json").read_text())["sha256"]
@@ -29,7 +30,7 @@ def test_the_provenance_names_the_run(manifest: bundle.Manifest, finished: Any) 
     assert manifest.refinement.samples == settings.refiner.serving_samples
 
 
-def test_the_provenance_names_the_data(manifest: bundle.Manifest, digits_folder: Path) -> None:
+def test_the_provenance_names_the_data(manifest: Manifest, digits_folder: Path) -> None:
     told = {source.file: source for source in manifest.provenance.data}
     assert told.keys() == {file.name for file in digits_folder.iterdir()}  # names alone, no path of this machine
     assert {name: source.rows for name, source in told.items() if "train" in name} == {
@@ -39,11 +40,11 @@ def test_the_provenance_names_the_data(manifest: bundle.Manifest, digits_folder:
     assert all(source.licence == "drawn" and len(source.sha256) == 64 for source in told.values())
 
 
-def test_the_metrics_are_those_of_the_evaluation(manifest: bundle.Manifest, finished: Any) -> None:
+def test_the_metrics_are_those_of_the_evaluation(manifest: Manifest, finished: Any) -> None:
     assert manifest.metrics == json.loads((finished.folder / "evaluation.json").read_text())
 
 
-def test_the_card_tells_people_the_same(manifest: bundle.Manifest, finished: Any) -> None:
+def test_the_card_tells_people_the_same(manifest: Manifest, finished: Any) -> None:
     card = (finished.bundle / bundle.CARD).read_text()
     assert card.startswith("# tiny 1\n")
     assert "4-dimensional z over `digit` (image), `photo` (image), `word` (text)" in card
@@ -69,7 +70,7 @@ def test_the_map_has_rows_of_every_class(finished: Any) -> None:
         assert len(set(landmarks["label"].tolist())) > 1
 
 
-def test_a_card_without_labels_has_no_probe(manifest: bundle.Manifest, make_config: Any) -> None:
+def test_a_card_without_labels_has_no_probe(manifest: Manifest, make_config: Any) -> None:
     figures = {name: value for name, value in manifest.metrics.items() if name != "probe"}
     card = export.model_card(make_config(), manifest.provenance.data, figures)
     assert "logistic regression" not in card

@@ -17,8 +17,10 @@ from model.modality import CategoricalModality, ImageModality, TextModality, Vec
 from model.runtime import Posterior, Runtime
 from model.skipping import skip_absent
 from model.vae import export
-from model.vae.export import INLINE_BYTES, PARITY_TOLERANCE, ExportError, export_bundle, parity
+from model.vae.export import PARITY_TOLERANCE, ExportError, export_bundle
 from model.vae.gaussian import Gaussian, sample
+from model.vae.golden import golden_examples, parity
+from model.vae.graphs import INLINE_BYTES
 from model.vae.multimodal import MultimodalVAE
 
 SUBSETS = [mask for mask in itertools.product([True, False], repeat=4) if any(mask)]
@@ -229,7 +231,7 @@ def test_the_kinds_of_the_second_format_export(tmp_path: Path, tiny_facts: dict[
 
 def test_golden_examples_of_many_modalities_have_subsets_of_every_size(make_vae, make_rows) -> None:
     modalities = tuple(VectorModality(name=f"v{n}", size=1) for n in range(8))
-    present = export.golden_examples(make_vae(modalities), make_rows(modalities, 64), 2)["present"]
+    present = golden_examples(make_vae(modalities), make_rows(modalities, 64), 2)["present"]
     assert len(np.unique(present, axis=0)) == 64
     assert set(present.sum(1)) >= {1, 2, 3, 4, 5, 6, 8}
     assert np.all((present.mean(0) > 0.3) & (present.mean(0) < 0.7))
