@@ -208,6 +208,9 @@ class Flow(Stage):
 
     epochs: NonNegativeInt = 0
     couplings: PositiveInt = 8
+    spread: float = Field(default=1.0, gt=0, le=1)
+    """Standard deviation of the noise that samples begin with; it learns with 1. Below, samples are more coherent and less
+    diverse, as with a lower temperature."""
 
 
 Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf"]

@@ -38,7 +38,7 @@ def build(config: Config, data: Dataset) -> Generative:
     network = config.network
     ours = config.model == "concord"
     couplings = config.flow.couplings if config.flow.epochs else 0
-    own = partial(MultimodalVAE, fusion=network.fusion, couplings=couplings)
+    own = partial(MultimodalVAE, fusion=network.fusion, couplings=couplings, spread=config.flow.spread)
     kind = own if ours else baselines.MODELS[config.model]
     vae = kind(
         data.modalities,

@@ -55,19 +55,24 @@ class GaussianPosterior:
 
 
 class FlowPosterior(GaussianPosterior):
-    """A Gaussian, whose mean is the embedding, its samples drawn through a flow."""
+    """A Gaussian, whose mean is the embedding, its samples drawn through a flow.
 
-    def __init__(self, gaussian: Gaussian, flow: Flow) -> None:
+    Args:
+        spread: standard deviation of the noise that the flow begins with.
+    """
+
+    def __init__(self, gaussian: Gaussian, flow: Flow, spread: float = 1.0) -> None:
         super().__init__(gaussian)
-        self.flow = flow
+        self.flow, self.spread = flow, spread
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        drawn: Tensor = self.flow(self.gaussian, torch.randn(len(self.mean), count, self.mean.shape[-1], generator=generator))
+        noise = torch.randn(len(self.mean), count, self.mean.shape[-1], generator=generator)
+        drawn: Tensor = self.flow(self.gaussian, self.spread * noise)
         return drawn
 
     def log_density(self, z: Tensor) -> Tensor:
         noise, volume = self.flow.inverse(self.gaussian, z)
-        return log_prior(noise) + volume
+        return log_prior(noise / self.spread) + volume - z.shape[-1] * math.log(self.spread)
 
 
 class MixturePosterior:
@@ -114,7 +119,7 @@ def posteriors(model: Generative, arrays: Arrays, masks: Sequence[Bool[Tensor, "
     if isinstance(model, MultimodalVAE):
         features = model.aligned.features(arrays, torch.stack(list(masks)).any(0))
         fused = [model.aligned.fuse(features, seen) for seen in masks]
-        return [GaussianPosterior(q) if model.flow is None else FlowPosterior(q, model.flow) for q in fused]
+        return [GaussianPosterior(q) if model.flow is None else FlowPosterior(q, model.flow, model.spread) for q in fused]
     assert isinstance(model, Rival)
     return model.posteriors(arrays, masks)
 

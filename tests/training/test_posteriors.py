@@ -84,7 +84,8 @@ def test_a_mixture_of_nothing_is_the_prior() -> None:
     assert torch.equal(q.mean, torch.zeros(ROWS, LATENT))
 
 
-def test_a_flow_has_the_density_of_its_samples() -> None:
+@pytest.mark.parametrize("spread", [1.0, 0.7])
+def test_a_flow_has_the_density_of_its_samples(spread: float) -> None:
     """E_q[p / q] is 1 for any density p inside q's support."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -92,7 +93,7 @@ def test_a_flow_has_the_density_of_its_samples() -> None:
         for parameter in flow.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     gaussian = gaussians(ROWS, LATENT)
-    q = FlowPosterior(gaussian, flow)
+    q = FlowPosterior(gaussian, flow, spread)
     z = q.sample(MANY, seeded(4))
     assert z.shape == (ROWS, MANY, LATENT)
     narrow = GaussianPosterior(Gaussian(z.mean(1), (z.var(1) / 2).log()))
@@ -104,10 +105,11 @@ def test_a_flow_has_the_density_of_its_samples() -> None:
 
 
 def test_ours_samples_through_its_flow(tiny_vae: MultimodalVAE, make_vae: Any, make_rows: Any) -> None:
-    flowed = make_vae(tiny_vae.modalities, couplings=2)
+    flowed = make_vae(tiny_vae.modalities, couplings=2, spread=0.5)
     arrays, seen = make_rows(tiny_vae.modalities, ROWS), torch.ones(ROWS, 4, dtype=torch.bool)
     (plain,), (shaped,) = posteriors(tiny_vae, arrays, [seen]), posteriors(flowed, arrays, [seen])
     torch.testing.assert_close(shaped.mean, plain.mean)  # the flow's weights are drawn last
     assert not torch.allclose(shaped.sample(2, seeded()), plain.sample(2, seeded()))
     noise = torch.randn(ROWS, 2, tiny_vae.latent, generator=seeded())
     torch.testing.assert_close(shaped.sample(2, seeded()), flowed.draw(shaped.gaussian, noise))
+    torch.testing.assert_close(flowed.draw(shaped.gaussian, noise), flowed.flow(shaped.gaussian, noise / 2))

@@ -69,7 +69,7 @@ def test_graphs_agree_with_the_model(
 def test_a_flow_is_exported_and_samples_go_through_it(
     tiny_modalities, make_vae, make_rows, tiny_facts: dict[str, Any], tmp_path: Path
 ) -> None:
-    vae, examples = make_vae(tiny_modalities, couplings=3), make_rows(tiny_modalities, 15)
+    vae, examples = make_vae(tiny_modalities, couplings=3, spread=0.6), make_rows(tiny_modalities, 15)
     q, _, noise = draw(4, vae)
     assert (vae.draw(q, noise) - sample(q, noise)).abs().max() > 0.01
     made = export_bundle(vae, tmp_path / "b", facts=tiny_facts, samples=2, horizon=3, examples=examples, card="")
