@@ -204,6 +204,11 @@ def test_the_aligned_encoder_starts_from_the_joint_one(
     assert seen == [True] + [False] * 15
 
 
+def test_a_flow_draws_with_the_spread_of_the_configuration(settings: Config) -> None:
+    narrow = settings.model_copy(update={"flow": settings.flow.model_copy(update={"spread": 0.5})})
+    assert [fit.build(given, rows(settings)).spread for given in (settings, narrow)] == [1.0, 0.5]
+
+
 def test_divergence_is_told_with_its_place(make_config: Any, tmp_path: Path) -> None:
     settings = make_config(joint={"learning_rate": 1e30})
     run = Run(tmp_path, settings)

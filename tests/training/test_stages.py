@@ -253,6 +253,13 @@ def test_the_flow_is_the_last_stage_and_learns_alone(flowed: MultimodalVAE, batc
         assert flow_loss(flowed, batch, seeded(), settings)[0].dtype == torch.float32
 
 
+def test_the_flow_learns_with_the_whole_spread(flowed: MultimodalVAE, batch: Batch, make_config: Any) -> None:
+    settings = make_config(refiner={"steps": 2, "samples": 2}, flow={"epochs": 1})
+    whole, _ = flow_loss(flowed, batch, seeded(), settings)
+    flowed.spread = 0.5
+    assert torch.equal(flow_loss(flowed, batch, seeded(), settings)[0], whole)
+
+
 def test_the_flow_learns_what_the_refined_teacher_allows(
     flowed: MultimodalVAE, batch: Batch, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
