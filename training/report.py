@@ -198,7 +198,7 @@ def write_comparisons(readme: Path, results: Path, section: str = "comparison") 
     Raises:
         ValueError: the README has no markers for them.
     """
-    contents = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    contents = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"), key=lambda file: file.stem)]
     if not contents:
         return []
     from training.charts import draw_charts  # noqa: PLC0415 - matplotlib comes with the extra dev alone

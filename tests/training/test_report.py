@@ -125,6 +125,15 @@ def test_readme_and_charts(content: dict[str, Any], tmp_path: Path) -> None:
     assert readme.read_text() == text
 
 
+def test_the_whole_budget_comes_before_a_reduced_one(content: dict[str, Any], tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    for name in ("tiny-40", "tiny"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**content, "name": name}))
+    write_comparisons(readme, tmp_path)
+    assert 0 < readme.read_text().index("`tiny`") < readme.read_text().index("`tiny-40`")
+
+
 def test_a_model_that_does_not_refine_has_no_such_chart(content: dict[str, Any], tmp_path: Path) -> None:
     content["rows"] = content["rows"][:1]
     (tmp_path / "README.md").write_text(README)
