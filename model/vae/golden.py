@@ -20,6 +20,16 @@ def golden_examples(vae: MultimodalVAE, examples: Arrays, samples: int) -> dict[
 
     Rows take their subsets in turn, all of them first; where there are fewer rows than subsets, these are of every size.
     Fillers of absent slots are not zero, so that a leak shows.
+
+    Args:
+        examples: complete rows (batch, *shape) by modality.
+        samples: noise samples of the refinement step, an even number (antithetic pairs).
+
+    Returns:
+        arrays by name: ``input.<modality>``, ``present`` (batch, modality) and ``noise`` (batch, sample, latent); the aligned
+        posterior ``mean`` and ``log_var``, what it is held to (``anchor_``) and one step after it (``next_``), each (batch,
+        latent); ``objective`` (batch,) in nats; ``value.<modality>`` decoded from the mean, and ``drawn`` (batch, latent), one
+        sample, where there is a flow.
     """
     rows = len(next(iter(examples.values())))
     count = len(vae.modalities)

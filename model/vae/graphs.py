@@ -37,7 +37,7 @@ def draw_graph(vae: MultimodalVAE) -> onnx.ModelProto:
 
 
 def decode_graph(vae: MultimodalVAE, modality: str) -> onnx.ModelProto:
-    """``z`` (batch, latent) -> ``value`` (batch, *shape), the mean of the likelihood."""
+    """``z`` (batch, latent) -> ``value`` (batch, *shape), its expectation."""
     return _convert(_program(_Decode(vae, modality), (torch.zeros(3, vae.latent),)), ["z"], ["value"])
 
 
