@@ -280,6 +280,8 @@ class Scheduler:
         """z = mean + temperature · (a sample of the posterior - mean), of each row (count, latent)."""
         counts = [count for _, _, count, _ in wanted]
         mean, log_var = (np.repeat([getattr(row, part) for row, *_ in wanted], counts, axis=0) for part in ("mean", "log_var"))
+        if not any(temperature for *_, temperature in wanted):
+            return np.split(mean, np.cumsum(counts)[:-1])
         eps = np.concatenate(
             [
                 noise(row.work.seed, row.work.index, stream, count, self._runtime.latent)

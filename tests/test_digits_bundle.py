@@ -29,7 +29,7 @@ def encode(runtime: Runtime, **values: object) -> Posterior:
 
 
 def test_figures_are_no_worse_than_published(runtime: Runtime) -> None:
-    """A retrained bundle may raise these, never lower them."""
+    """A retrained bundle may raise these. Where it trades one for another the changelog says so."""
     metrics = runtime.bundle.manifest.metrics
     probe = metrics["probe"]
     assert probe["digit"] >= 0.975
@@ -37,7 +37,7 @@ def test_figures_are_no_worse_than_published(runtime: Runtime) -> None:
     assert probe["word"] >= 0.99
     assert min(value for name, value in probe.items() if name.count("+") == 1) >= 0.99
     assert metrics["refinement"]["raised"] >= 0.98
-    assert coherence(metrics, several=False) >= 0.94
+    assert coherence(metrics, several=False) >= 0.95
     assert coherence(metrics, several=True) >= 0.975
     distances = [d for source, found in metrics["frechet"].items() if source != "prior" for d in found.values()]
     assert np.mean(distances) <= 20
