@@ -4,6 +4,7 @@ Losses are means over rows, and noise is drawn for the whole batch, of which eac
 changes what training computes by rounding alone.
 """
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -137,6 +138,9 @@ def team() -> Iterator[Team]:
     if started() == 1:
         yield Team()
         return
+    # Its functions have the group of the moment they are defined as a default. Imported later, by the first optimiser, they
+    # would hold this group for good, and the group's threads now and then abort the end of the interpreter.
+    importlib.import_module("torch.distributed.nn")
     distributed.init_process_group()  # gloo for tensors of the CPU, nccl for those of a GPU
     try:
         yield Team(distributed.get_rank(), distributed.get_world_size(), os.getppid())

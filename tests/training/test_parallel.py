@@ -33,10 +33,16 @@ PLAN: dict[str, Any] = {
 WITHOUT_SLOPE = re.compile(r"trunks\.digit\.(1|4|7)\.bias")
 # The real command but for the constants: checkpoints are frequent, so that tiny runs have some.
 COMMAND = """
+import sys
+from pathlib import Path
 from training import fit
 fit.LOG_STEPS, fit.CHECKPOINT_STEPS = 2, 6
 from training.__main__ import app
-app()
+try:
+    app()
+finally:
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    print("threads of the group:", [name for name in names if "gloo" in name], file=sys.stderr)
 """
 
 
@@ -157,6 +163,11 @@ def test_one_of_two_processes_speaks_and_writes(together: tuple[Run, str, str]) 
     places = [(line["stage"], line["step"]) for line in run.metrics()]
     assert places == [(name, step) for name in STAGES for step in (2, 4, 6, 8, 10, 12, 14, STEPS)]
     assert (run.path / "evaluation.json").exists()
+
+
+def test_the_group_ends_with_its_threads(together: tuple[Run, str, str]) -> None:
+    """Those that outlive it abort the interpreter's end now and then."""
+    assert together[2].count("threads of the group: []") == 2
 
 
 @pytest.fixture(scope="module")
