@@ -21,7 +21,8 @@ from model.modality import TextModality
 from service.client import Client
 from service.samples import as_input
 from tests.server import running
-from training import config, data
+from training import config_file, data
+from training.config import Config
 from training.evaluate import PROBE_POOL
 from training.metrics.judge import Judge, judges
 from training.metrics.probe import balanced_points, linear_probe
@@ -45,7 +46,7 @@ def main(
     judged: Annotated[Path, typer.Option(help="Where the judges are kept.")] = Path("runs/judges"),
     rows: Annotated[int, typer.Option(help="Test rows that something is generated from.")] = 1000,
 ) -> None:
-    settings = config.load(configuration)
+    settings = config_file.read(configuration)
     path = served or bundle.builtin(bundle.DEFAULT_BUNDLE)
     train, test = data.load(settings, "train", folder), data.load(settings, "test", folder)
     who = judges(settings, train, judged, Progress())
@@ -85,7 +86,7 @@ def in_calls(rows: Rows) -> Iterator[Rows]:
 
 
 def probes(
-    client: Client, settings: config.Config, points: tuple[Rows, Any], everything: tuple[Rows, Any], carried: dict[str, float]
+    client: Client, settings: Config, points: tuple[Rows, Any], everything: tuple[Rows, Any], carried: dict[str, float]
 ) -> dict[str, Any]:
     """Accuracy of the probe on served embeddings, by subset."""
     found = {}
@@ -102,7 +103,7 @@ def probes(
 
 def coherence(
     client: Client,
-    settings: config.Config,
+    settings: Config,
     some: Sequence[Any],
     who: Mapping[str, Judge],
     names: Sequence[str],

@@ -18,11 +18,12 @@ from model.bundle import DEFAULT_BUNDLE, BundleError, builtin, read
 from model.vae.export import ExportError
 from model.vae.generative import Generative
 from model.vae.multimodal import MultimodalVAE
-from training import config, data, parallel
+from training import config_file, data, parallel
 from training.check import check, subsets_table
 from training.checkpoint import Run, RunError
 from training.comparison import Plan
 from training.comparison import compare as run_comparison
+from training.config import Config, ConfigError, Model
 from training.draft import draft
 from training.evaluate import evaluate as figures_of
 from training.export import export as export_run
@@ -68,9 +69,9 @@ def _explained(command: Callable[P, None]) -> Callable[P, None]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             if parallel.started() > 1 and command.__name__ != "fit":
-                raise config.ConfigError("several processes share a fit alone: start the other commands without torchrun")
+                raise ConfigError("several processes share a fit alone: start the other commands without torchrun")
             command(*args, **kwargs)
-        except (config.ConfigError, data.DataError, RunError, DivergenceError, ExportError, BundleError, OSError) as error:
+        except (ConfigError, data.DataError, RunError, DivergenceError, ExportError, BundleError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
@@ -93,7 +94,7 @@ def begin(
         raise data.DataError(f"{file}: a .parquet file is expected. pandas writes one with to_parquet")
     target = out or Path(f"{file.stem}.toml")
     if target.exists():
-        raise config.ConfigError(f"{target}: is there already. Name another file with --out")
+        raise ConfigError(f"{target}: is there already. Name another file with --out")
     rows = open_place(file.name, file.parent)
     guesses = guess(rows)
     text = draft(file, len(rows), guesses)
@@ -112,7 +113,7 @@ def begin(
 @_explained
 def look(configuration: Configuration, folder: Folder = None) -> None:
     """Read all rows of a configuration and tell what they hold, without training. Exit code 2 where fit would not begin."""
-    settings = config.load(configuration)
+    settings = config_file.read(configuration)
     if not check(settings, folder, Console(highlight=False)):
         raise data.DataError(
             f"{configuration}: some values cannot be read, the first are shown above. Repair them, or say "
@@ -157,12 +158,12 @@ def fit(
         print(f"\nexport it with: python -m training export {configuration}{options}")
 
 
-def _settings(configuration: Path, seed: int | None) -> config.Config:
-    settings = config.load(configuration)
+def _settings(configuration: Path, seed: int | None) -> Config:
+    settings = config_file.read(configuration)
     return settings if seed is None else settings.model_copy(update={"seed": seed})
 
 
-def _prepare(path: Path, settings: config.Config, *, fresh: bool) -> None:
+def _prepare(path: Path, settings: Config, *, fresh: bool) -> None:
     """Make the run's folder, now that all else is known to be there."""
     if fresh and path.exists():
         if not (path / "config.json").exists():
@@ -194,7 +195,7 @@ def export(
     """
     with _finished(configuration, folder, out, seed) as (settings, vae, training, test, run):
         if not isinstance(vae, MultimodalVAE):
-            raise config.ConfigError(f'{configuration}: model is "{settings.model}"; a bundle holds a "concord" alone')
+            raise ConfigError(f'{configuration}: model is "{settings.model}"; a bundle holds a "concord" alone')
         grid = [picture] if (picture := run.path / GRID).exists() else []
         bundle = export_run(settings, vae, training, test, run.read(EVALUATION), to or run.path / "bundle", grid)
     size = sum(entry.bytes for entry in bundle.manifest.files.values())
@@ -225,7 +226,7 @@ def compare(
     variants: Annotated[
         list[Path] | None, typer.Argument(metavar="[VARIANT]...", help="Configurations that differ in how they are trained.")
     ] = None,
-    models: Annotated[str, typer.Option(help="Models, joined by commas.")] = ",".join(get_args(config.Model)),
+    models: Annotated[str, typer.Option(help="Models, joined by commas.")] = ",".join(get_args(Model)),
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas.")] = "0,1,2",
     rows_per_epoch: Annotated[
         int | None, typer.Option(help="Training rows an epoch: a reduced budget, reported as such.", min=1)
@@ -241,7 +242,7 @@ def compare(
     Every run continues where it stopped, and is not run again once it is measured. `report` shows the results.
     """
     others = variants or []
-    settings, varied = config.load(configuration), [config.load(other) for other in others]
+    settings, varied = config_file.read(configuration), [config_file.read(other) for other in others]
     plan = Plan(settings, _models(models), _seeds(seeds), rows_per_epoch, test_rows, varied)
     files = " ".join(map(str, [configuration, *others]))
     typed = f"python -m training compare {files} --models {models} --seeds {seeds} --test-rows {test_rows}"
@@ -252,23 +253,23 @@ def compare(
     print(f"{results / plan.name}.json")
 
 
-def _models(text: str) -> tuple[config.Model, ...]:
-    known = get_args(config.Model)
+def _models(text: str) -> tuple[Model, ...]:
+    known = get_args(Model)
     if unknown := [name for name in text.split(",") if name not in known]:
-        raise config.ConfigError(f"--models: {', '.join(map(repr, unknown))} is not among {', '.join(known)}")
-    return cast(tuple[config.Model, ...], tuple(text.split(",")))
+        raise ConfigError(f"--models: {', '.join(map(repr, unknown))} is not among {', '.join(known)}")
+    return cast(tuple[Model, ...], tuple(text.split(",")))
 
 
 def _seeds(text: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() for part in text.split(",")):
-        raise config.ConfigError(f"--seeds: {text!r}: whole numbers from 0, joined by commas, such as 0,1,2")
+        raise ConfigError(f"--seeds: {text!r}: whole numbers from 0, joined by commas, such as 0,1,2")
     return tuple(int(part) for part in text.split(","))
 
 
 @contextmanager
 def _finished(
     configuration: Path, folder: Path | None, out: Path | None, seed: int | None
-) -> Iterator[tuple[config.Config, Generative, data.Dataset, data.Dataset, Run]]:
+) -> Iterator[tuple[Config, Generative, data.Dataset, data.Dataset, Run]]:
     settings = _settings(configuration, seed)
     path = out or Path("runs") / settings.name
     if not path.exists():
@@ -282,7 +283,7 @@ def _finished(
 
 
 def _evaluate(
-    settings: config.Config, vae: Generative, training: data.Dataset, test: data.Dataset, run: Run, progress: Progress
+    settings: Config, vae: Generative, training: data.Dataset, test: data.Dataset, run: Run, progress: Progress
 ) -> None:
     figures = figures_of(settings, vae, training, test, progress)
     if settings.data.pairing == "class" and training.class_names:  # then what is generated has a class to show

@@ -61,12 +61,12 @@ def torch(seconds: float) -> dict[str, float]:
 
     from model.vae.gaussian import Gaussian, standard_like  # noqa: PLC0415
     from model.vae.multimodal import MultimodalVAE  # noqa: PLC0415
-    from training import config  # noqa: PLC0415
+    from training import config_file  # noqa: PLC0415
 
     pytorch.set_num_threads(1)
     runtime = Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
     manifest = runtime.bundle.manifest
-    network = config.load(ROOT / "training/configs/digits.toml").network
+    network = config_file.read(ROOT / "training/configs/digits.toml").network
     vae = MultimodalVAE(manifest.modalities, **network.model_dump(), beta=manifest.beta)
     vae.load_state_dict(load_file(runtime.bundle.path / bundle.WEIGHTS))
     vae.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from model.modality import BinaryModality, CategoricalModality, ImageModality, M
 from model.vae.export import export_bundle
 from model.vae.multimodal import MultimodalVAE
 from tests.server import ROOT
-from training import config
+from training import config_file
 
 # Pictures are Gaussian: where random weights meet a pixel, the slope of a Laplace likelihood turns with the last bit.
 MODALITIES: tuple[Modality, ...] = (
@@ -28,7 +28,7 @@ ROWS = 9
 def main(latent: int, modalities: int, folder: Path) -> None:
     """Export a model of the digits' sizes."""
     torch.manual_seed(0)
-    network = config.load(ROOT / "training/configs/digits.toml").network
+    network = config_file.read(ROOT / "training/configs/digits.toml").network
     chosen = MODALITIES[:modalities]
     vae = MultimodalVAE(chosen, **{**network.model_dump(), "latent": latent}, beta=10.0)
     provenance = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from model import codec
 from model.modality import ImageModality, TextModality, VectorModality
-from training import config, data
+from training import config_file, data
 from training.config import Config, Data, Source
 
 FIRST = VectorModality(name="first", size=2, mean=(0.0, 0.0), std=(1.0, 1.0))
@@ -381,7 +381,7 @@ def test_the_folder_is_found_in_this_order(folder: Path, tmp_path: Path, monkeyp
 
 
 def test_shipped_configuration_reads_the_drawn_digits(digits_folder: Path) -> None:
-    run = config.load(Path(config.__file__).parent / "configs" / "digits.toml")
+    run = config_file.read(Path(config_file.__file__).parent / "configs" / "digits.toml")
     run = run.model_copy(update={"data": run.data.model_copy(update={"rows_per_epoch": None})})  # fewer were drawn
     rows = data.load(run, "train", digits_folder)
     (batch,) = rows.batches(0, 60, run.seed, shuffle=False)
@@ -397,7 +397,7 @@ def test_shipped_configuration_reads_the_drawn_digits(digits_folder: Path) -> No
 
 def test_images_reach_the_networks_as_serving_decodes_them(digits_folder: Path) -> None:
     """The same bits: a picture sent to the service must be the picture the encoder was trained on."""
-    run = config.load(Path(config.__file__).parent / "configs" / "digits.toml")
+    run = config_file.read(Path(config_file.__file__).parent / "configs" / "digits.toml")
     (batch,) = data.load(run, "test", digits_folder).batches(0, 30, 0, shuffle=False)
     raw = datasets.Dataset.from_parquet(str(digits_folder / "mnist-test.parquet")).cast_column(
         "image", datasets.Image(decode=False)

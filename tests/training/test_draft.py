@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.training.shop import photo, write_shop
-from training import config
+from training import config_file
 from training.__main__ import app
 from training.draft import name_modalities
 from training.guess import Guess, guess
@@ -120,7 +120,7 @@ def test_a_draft_is_a_configuration_that_checks(shop: Path) -> None:
     assert began.exit_code == 0, began.output
     for told in ("160 rows", "photo", "all 16 x 16", "texts of 3 to 3 words", "3 classes", "3 numbers"):
         assert told in began.stdout
-    drafted = config.load(Path("shop.toml"))
+    drafted = config_file.read(Path("shop.toml"))
     assert {m.name: m.kind for m in drafted.modalities} == {
         "photo": "image",
         "title": "text",
@@ -143,7 +143,7 @@ def test_at_most_eight_modalities_are_drafted(tmp_path: Path, monkeypatch: pytes
     table_of({**rows, 'na"me': repeated("a", "b")}).to_parquet("many.parquet")
     assert run("init", "many.parquet").exit_code == 0
     assert "# Left out, 8 modalities are the most: v8, na_me." in Path("many.toml").read_text()
-    assert len(config.load(Path("many.toml")).modalities) == 8
+    assert len(config_file.read(Path("many.toml")).modalities) == 8
 
 
 def hostile(file: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from model.modality import BinaryModality, CategoricalModality, VectorModality
 from model.vae.gaussian import kl, sample, standard_like
 from model.vae.multimodal import MultimodalVAE
-from training import config, data
+from training import config, config_file, data
 from training.evaluate import across, evaluate, probed_subsets
 from training.fit import build
 from training.metrics.refinement import JUDGE_SAMPLES
@@ -106,7 +106,7 @@ def test_what_cannot_be_probed_is_not(tmp_path: Path, labels: list[int | None]) 
 
 def test_elbos_are_those_of_the_whole_split(finished: Any) -> None:
     """Against many more samples, drawn otherwise."""
-    settings = config.load(finished.config)
+    settings = config_file.read(finished.config)
     figures = json.loads((finished.folder / "evaluation.json").read_text())["refinement"]
     test = data.load(settings, "test")
     vae: MultimodalVAE = build(settings, test)

@@ -11,7 +11,7 @@ import pytest
 
 from model import bundle
 from model.manifest import Manifest
-from training import config, export
+from training import config_file, export
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def manifest(finished: Any) -> Manifest:
 
 
 def test_the_provenance_names_the_run(manifest: Manifest, finished: Any) -> None:
-    settings, provenance = config.load(finished.config), manifest.provenance
+    settings, provenance = config_file.read(finished.config), manifest.provenance
     assert (manifest.name, manifest.version) == (settings.name, settings.version)
     assert provenance.config_sha256 == settings.sha256 == json.loads((finished.folder / "config.json").read_text())["sha256"]
     assert provenance.seed == settings.seed

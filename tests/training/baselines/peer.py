@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from model.modality import ImageModality, TextModality
-from training import config, data
+from training import config_file, data
 from training.baselines import jmvae, mvtcae
 from training.baselines.jmvae import JMVAE
 from training.baselines.rival import ExpertRival
+from training.config import Config
 from training.data import Batch
 from training.fit import build
 from training.metrics.coherence import cross_coherence
@@ -174,7 +175,7 @@ def figures(
 
 
 def run(
-    settings: config.Config,
+    settings: Config,
     seed: int,
     how: str,
     rows: tuple[Batch, Batch],
@@ -217,7 +218,7 @@ def run(
         return figures(rival, pair, loss.item(), who, rows)
 
 
-def comparable(settings: config.Config) -> config.Config:
+def comparable(settings: Config) -> Config:
     """With likelihoods and noise that both know, in full precision."""
     plain = tuple(
         m.model_copy(update={"likelihood": "categorical"}) if isinstance(m, TextModality) else m for m in settings.modalities
@@ -238,7 +239,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.seeds < 2:
         parser.error(f"--seeds: two are the least that spread, received {asked.seeds}")
-    settings = comparable(config.load(asked.config))
+    settings = comparable(config_file.read(asked.config))
     torch.set_num_threads(settings.thread_count)
     training, test = data.load(settings, "train", asked.data), data.load(settings, "test", asked.data)
     rows = fixed_rows(training, ROWS), fixed_rows(test, TEST_ROWS)
