@@ -253,10 +253,10 @@ class Config(_Table):
     @property
     def sha256(self) -> str:
         """Of all that is not the default: two files that mean the same have the same hash, and an option that came later, and
-        is not used, changes none. What only ours has is not in a rival's."""
-        content = self.model_dump(mode="json", exclude_defaults=True)
+        is not used, changes none. The bundle's version trains nothing, and what only ours has is not in a rival's."""
+        content = self.model_dump(mode="json", exclude_defaults=True, exclude={"version"})
         if self.model != "concord":
-            for own in ("refresh", "flow", "version"):  # no bundle is made of a rival
+            for own in ("refresh", "flow"):
                 content.pop(own, None)
             for stage in {"refiner", "align"} & content.keys():
                 shared = {name: value for name, value in content.pop(stage).items() if name in Stage.model_fields}
