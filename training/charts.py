@@ -1,6 +1,6 @@
 """Charts of a comparison, as PNG beside its results. The same results give the same files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,19 @@ def draw_charts(content: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _scores(content: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes: Axes = figure.subplots()
+    """A panel for every score and a line for every model: as legible with twenty as with four."""
     models = finished(content)
-    width = 0.8 / max(1, len(models))
-    for index, (model, rows) in enumerate(models):
-        found = [average(rows, score) for score in SCORES]
-        places = [place + (index - (len(models) - 1) / 2) * width for place in range(len(SCORES))]
-        axes.bar(places, [mean or 0 for mean, _ in found], width, yerr=[std or 0 for _, std in found], label=title_of(model))
-    axes.set_xticks(range(len(SCORES)), list(SCORES.values()))
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("accuracy")
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2), frameon=False)
+    figure = Figure(figsize=(9, 1 + 0.22 * len(models)), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(SCORES), sharey=True)
+    for axes, (score, title) in zip(panels, SCORES.items(), strict=True):
+        found = [average(rows, score) for _, rows in models]
+        axes.barh(range(len(models)), [mean or 0 for mean, _ in found], xerr=[std or 0 for _, std in found], height=0.7)
+        axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.4)
+        axes.set_axisbelow(True)
+    panels[0].set_yticks(range(len(models)), [title_of(name) for name, _ in models])
+    panels[0].set_ylim(len(models) - 0.5, -0.5)
     return figure
 
 
