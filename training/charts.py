@@ -19,7 +19,7 @@ SCORES = {
 
 def draw_charts(content: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write <name>-scores.png, and <name>-refinement.png where a model refines; returns what was written."""
-    charts = {"scores": _scores(content)}
+    charts = {"scores": scores_figure(content)}
     if refined := next((rows for _, rows in finished(content) if all(row.get("refined") and row["gap"] for row in rows)), None):
         charts["refinement"] = _refinement(refined[0])
     written = []
@@ -30,8 +30,13 @@ def draw_charts(content: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _scores(content: Mapping[str, Any]) -> Figure:
-    """A panel for every score and a line for every model: as legible with twenty as with four."""
+def scores_figure(content: Mapping[str, Any]) -> Figure:
+    """A panel for every score, from 0 to 1, and in it a bar for every model that is done, with the deviation over its seeds: as
+    legible with twenty models as with four.
+
+    Args:
+        content: of a results file, see ``comparison.compare``.
+    """
     models = finished(content)
     figure = Figure(figsize=(9, 1 + 0.22 * len(models)), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, len(SCORES), sharey=True)

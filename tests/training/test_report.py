@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from training.charts import scores_figure
 from training.report import comparison_table, rows_table, write_comparisons, write_rows, write_teachers
 from training.scores import average, finished, scores
 
@@ -123,6 +124,15 @@ def test_readme_and_charts(content: dict[str, Any], tmp_path: Path) -> None:
     write_comparisons(readme, results)
     assert [chart.read_bytes() for chart in charts] == before
     assert readme.read_text() == text
+
+
+def test_bars_are_as_long_as_the_scores(content: dict[str, Any]) -> None:
+    panels = scores_figure(content).axes
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["Concord", "MMVAE"]
+    lengths = [[bar.get_width() for bar in panel.patches] for panel in panels]
+    assert lengths == [pytest.approx(pair) for pair in ([0.875, 0.8], [0.6, 0.6], [0.8, 0.8], [0.3, 0.3])]
+    top, bottom = panels[0].patches
+    assert panels[0].transData.transform(top.get_xy())[1] > panels[0].transData.transform(bottom.get_xy())[1]
 
 
 def test_the_whole_budget_comes_before_a_reduced_one(content: dict[str, Any], tmp_path: Path) -> None:
