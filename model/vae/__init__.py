@@ -1,1 +1,1 @@
-"""The PyTorch half of the model: what training fits and export turns into graphs. The service never imports it."""
+"""The model in PyTorch, for training and export. The service does not import it."""

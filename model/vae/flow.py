@@ -1,20 +1,28 @@
-"""What a subset leaves open is no Gaussian: a flow that shapes the samples of a Gaussian posterior (Rezende & Mohamed 2015)."""
+"""A normalising flow that turns samples of a Gaussian posterior into samples of a non-Gaussian one.
+
+The posterior given a subset of modalities is not Gaussian in general. Source: Rezende & Mohamed 2015.
+"""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from model.vae.gaussian import Gaussian
-from model.vae.networks import initialise
+from concord.model.vae.gaussian import Gaussian
+from concord.model.vae.networks import initialise
 
-MAX_LOG_SCALE = 2.0  # of one coupling
+MAX_LOG_SCALE = 2.0  # bound of |log scale| in one coupling
 
 
 class Coupling(nn.Module):
-    """One half of z scales and shifts the other, given the context. Begins as the identity.
+    """Affine coupling: one half of z scales and shifts the other half, given a context. It starts as the identity.
 
     Args:
-        flip: which half stays.
+        latent: size of z.
+        features: size of the context.
+        hidden: size of the hidden layer.
+        flip: keep the last half of z instead of the first.
+
+    Source: Dinh et al. 2017, section 3.2.
     """
 
     def __init__(self, latent: int, features: int, hidden: int, *, flip: bool) -> None:
@@ -27,41 +35,51 @@ class Coupling(nn.Module):
         initialise(self, last=0.0)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise -> z: the moved values and log |det| of the Jacobian, (...,)."""
-        kept, moved = self._parts(z)
-        log_scale, shift = self._map(kept, context)
-        return self._whole(kept, moved * log_scale.exp() + shift), log_scale.sum(-1)
+        """Noise -> z.
+
+        Args:
+            z: (..., latent).
+            context: (..., features), must broadcast against z.
+
+        Returns:
+            the transformed values (..., latent) and log |det| of the Jacobian (...,).
+        """
+        kept, moved = self._split(z)
+        log_scale, shift = self._scale_and_shift(kept, context)
+        return self._join(kept, moved * log_scale.exp() + shift), log_scale.sum(-1)
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """z -> noise, and log |det| of this direction."""
-        kept, moved = self._parts(z)
-        log_scale, shift = self._map(kept, context)
-        return self._whole(kept, (moved - shift) * (-log_scale).exp()), -log_scale.sum(-1)
+        """z -> noise, and log |det| of the Jacobian of this direction. Shapes as ``forward``."""
+        kept, moved = self._split(z)
+        log_scale, shift = self._scale_and_shift(kept, context)
+        return self._join(kept, (moved - shift) * (-log_scale).exp()), -log_scale.sum(-1)
 
-    def _map(self, kept: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        # The context is a row's, not a sample's: projected once for all samples, which chains of thousands of steps need.
+    def _scale_and_shift(self, kept: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        # The context belongs to a row, not to a sample. Projecting it separately does that once per row, which saves time in
+        # chains of thousands of steps.
         hidden = nn.functional.silu(self.inner(kept) + self.given(context))
         log_scale, shift = self.outer(hidden).chunk(2, dim=-1)
         return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE), shift
 
-    def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if self.flip:
             return z[..., -self.kept :], z[..., : -self.kept]
         return z[..., : self.kept], z[..., self.kept :]
 
-    def _whole(self, kept: Tensor, moved: Tensor) -> Tensor:
+    def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
         return torch.cat((moved, kept) if self.flip else (kept, moved), dim=-1)
 
 
 class Flow(nn.Module):
-    """Affine couplings (Dinh et al. 2017) of standard normal noise, given the posterior that is sampled: z = mean + standard
-    deviation * f(noise; mean, log variance). Begins as the Gaussian itself.
+    """Flow of standard normal noise, conditioned on the Gaussian posterior: z = mean + sigma * f(noise; mean, log variance).
 
-    The posterior is all that it is given, so that one flow serves every subset, refined or not.
+    f is a chain of affine couplings (Dinh et al. 2017). It starts as the identity, so z starts as a sample of the Gaussian. The
+    posterior is the only condition, so one flow works for all subsets of modalities, refined or not.
 
     Args:
-        hidden: of the network that reads the posterior, and of each coupling.
-        couplings: how many; neighbours move different halves.
+        latent: size of z.
+        hidden: size of the hidden layers of the context network and of each coupling.
+        couplings: number of couplings. Consecutive couplings transform different halves.
     """
 
     def __init__(self, *, latent: int, hidden: int, couplings: int) -> None:
@@ -71,7 +89,7 @@ class Flow(nn.Module):
         self.couplings = nn.ModuleList(Coupling(latent, hidden, hidden, flip=bool(i % 2)) for i in range(couplings))
 
     def forward(self, posterior: Gaussian, noise: Float[Tensor, "batch sample latent"]) -> Float[Tensor, "batch sample latent"]:
-        """z of standard normal noise."""
+        """z from standard normal noise."""
         context = self._context(posterior)
         for coupling in self._couplings():
             noise, _ = coupling.forward(noise, context)
@@ -80,18 +98,18 @@ class Flow(nn.Module):
     def inverse(
         self, posterior: Gaussian, z: Float[Tensor, "batch sample latent"]
     ) -> tuple[Float[Tensor, "batch sample latent"], Float[Tensor, "batch sample"]]:
-        """The noise that gives z, and log |det| of the Jacobian of this direction."""
+        """The noise that gives z, and log |det| of the Jacobian of z -> noise."""
         context = self._context(posterior)
         noise = (z - posterior.mean.unsqueeze(1)) * (-0.5 * posterior.log_var).exp().unsqueeze(1)
-        volume = -0.5 * posterior.log_var.sum(-1, keepdim=True).expand(z.shape[:2])
+        log_determinants = -0.5 * posterior.log_var.sum(-1, keepdim=True).expand(z.shape[:2])
         for coupling in reversed(self._couplings()):
             noise, log_determinant = coupling.inverse(noise, context)
-            volume = volume + log_determinant
-        return noise, volume
+            log_determinants = log_determinants + log_determinant
+        return noise, log_determinants
 
     def _context(self, posterior: Gaussian) -> Float[Tensor, "batch 1 hidden"]:
-        seen: Tensor = self.context(torch.cat((posterior.mean, posterior.log_var), dim=-1))
-        return seen.unsqueeze(1)
+        context: Tensor = self.context(torch.cat((posterior.mean, posterior.log_var), dim=-1))
+        return context.unsqueeze(1)
 
     def _couplings(self) -> list[Coupling]:
         return [coupling for coupling in self.couplings if isinstance(coupling, Coupling)]

@@ -1,4 +1,4 @@
-"""The generative half that every model here shares: p(z) prod_m p(x_m | z), and the ELBO of any Gaussian posterior under it."""
+"""The generative model p(z) prod_m p(x_m | z) that all models share, and the ELBO of a Gaussian posterior under it."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -7,24 +7,25 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from model.modality import Modality, resolve_weights
-from model.vae.gaussian import Gaussian, kl, sample
-from model.vae.likelihood import expectation, log_likelihood
-from model.vae.networks import decoder, initialise
-from model.vae.presence import of_present
+from concord.model.modality import Modality, resolve_weights
+from concord.model.vae.gaussian import Gaussian, kl, sample
+from concord.model.vae.likelihood import expectation, log_likelihood
+from concord.model.vae.masked import is_tracing, run_present
+from concord.model.vae.networks import ModalityModules, WordsDecoder, decoder, initialise
 
 Arrays = Mapping[str, Shaped[Tensor, "batch ..."]]
 
 
 class Generative(nn.Module):
-    """Decoders of z ~ N(0, I). A subclass brings its encoders, and calls ``build_decoders`` when their weights are drawn.
+    """Decoders of z ~ N(0, I). A subclass adds its encoders and calls ``build_decoders``.
 
     Args:
+        modalities: what the decoders generate.
         latent: size of z.
         beta: weight of the KL term (Higgins et al. 2017).
     """
 
-    decoders: nn.ModuleDict
+    decoders: ModalityModules
 
     def __init__(self, modalities: Sequence[Modality], *, latent: int, beta: float) -> None:
         super().__init__()
@@ -34,28 +35,35 @@ class Generative(nn.Module):
         self.weights = resolve_weights(modalities)
 
     def build_decoders(self, *, hidden: int, width: int) -> None:
-        """A decoder for each modality, see ``networks.decoder``. Draws from torch's generator: the order of calls matters."""
-        self.decoders = nn.ModuleDict({m.name: decoder(m, self.latent, hidden, width) for m in self.modalities})
-        for part in self.decoders.values():
-            initialise(part)
+        """Create one decoder for each modality, see ``networks.decoder``.
+
+        The weights are sampled from torch's global generator, so they depend on the order of initialisations.
+
+        Args:
+            hidden: size of the hidden layers.
+            width: channels before the last convolution, see ``networks.decoder``.
+        """
+        self.decoders = ModalityModules({m.name: decoder(m, self.latent, hidden, width) for m in self.modalities})
+        for network in self.decoders.values():
+            initialise(network)
 
     def decode(self, name: str, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch ..."]:
-        """Expectation of one modality, see ``likelihood.expectation``."""
+        """Return the expected value of the modality ``name`` given z, see ``likelihood.expectation``."""
         modality = next(m for m in self.modalities if m.name == name)
         return expectation(modality, self.decoders[name](z).float())
 
     def log_likelihoods(
         self, arrays: Arrays, z: Float[Tensor, "batch sample latent"]
     ) -> Float[Tensor, "batch sample modality"]:
-        """log p(x_m | z) in nats, unweighted, of every modality, absent ones included."""
+        """Return log p(x_m | z) of every modality in nats, without weights. Entries of absent modalities are meaningless."""
         return torch.stack([self._log_likelihood(m, arrays[m.name], z) for m in self.modalities], dim=-1)
 
-    def evidences(
+    def weighted_log_likelihood(
         self, arrays: Arrays, present: Bool[Tensor, "batch modality"], z: Float[Tensor, "batch sample latent"]
     ) -> Float[Tensor, "batch sample"]:
-        """Sum over present m of w_m log p(x_m | z) of each sample, in weighted nats."""
+        """Return sum_m w_m log p(x_m | z) over the present modalities, for each sample, in weighted nats."""
         terms = [
-            self.weights[m.name] * of_present(partial(self._log_likelihood, m), present[:, i], arrays[m.name], z)
+            self.weights[m.name] * run_present(partial(self._log_likelihood, m), present[:, i], arrays[m.name], z)
             for i, m in enumerate(self.modalities)
         ]
         return torch.stack(terms, dim=-1).sum(-1)
@@ -64,8 +72,11 @@ class Generative(nn.Module):
         self, modality: Modality, x: Shaped[Tensor, "batch ..."], z: Float[Tensor, "batch sample latent"]
     ) -> Float[Tensor, "batch sample"]:
         batch, samples = z.shape[:2]
-        raw = self.decoders[modality.name](z.flatten(0, 1)).float()
-        return log_likelihood(modality, raw, x.repeat_interleave(samples, dim=0)).view(batch, samples)
+        flat, x = z.flatten(0, 1), x.repeat_interleave(samples, dim=0)
+        network = self.decoders[modality.name]
+        if isinstance(network, WordsDecoder) and modality.likelihood == "categorical" and not is_tracing(z):
+            return network.log_likelihood(flat, x).view(batch, samples)
+        return log_likelihood(modality, network(flat).float(), x).view(batch, samples)
 
     def objective(
         self,
@@ -75,9 +86,19 @@ class Generative(nn.Module):
         anchor: Gaussian,
         noise: Float[Tensor, "batch sample latent"],
     ) -> Float[Tensor, " batch"]:
-        """E_q[sum over present m of w_m log p(x_m | z)] - beta KL(q || anchor) of each row, in weighted nats, maximised.
+        """Return E_q[sum_m w_m log p(x_m | z)] - beta KL(q || anchor) over the present modalities, to be maximised.
 
-        With the prior N(0, I) as anchor this is the (weighted) ELBO of the modalities present.
+        With the prior N(0, I) as anchor, this is the weighted ELBO of the present modalities.
+
+        Args:
+            arrays: (batch, *shape) by modality. Values of absent modalities have no effect.
+            present: mask of the modalities that each row has.
+            posterior: q, mean and log variance each (batch, latent).
+            anchor: second argument of the KL term, in the shape of q.
+            noise: standard normal samples that estimate the expectation.
+
+        Returns:
+            the objective of each row (batch,), in weighted nats.
         """
-        evidence = self.evidences(arrays, present, sample(posterior, noise)).mean(-1)
-        return evidence - self.beta * kl(posterior, anchor)
+        expected_log_likelihood = self.weighted_log_likelihood(arrays, present, sample(posterior, noise)).mean(-1)
+        return expected_log_likelihood - self.beta * kl(posterior, anchor)

@@ -1,8 +1,8 @@
-"""log p(x_m | z) of each likelihood, as functions of what a decoder puts out.
+"""log p(x_m | z) and the expected value of each likelihood, as functions of the decoder's output.
 
-A decoder puts out unconstrained numbers ("raw"): logits for images, tokens, attributes and classes, the location itself for
-vectors.
-Everything here is elementary functions alone, because the fused losses of PyTorch do not convert to ONNX when differentiated.
+A decoder's output ("raw") is unconstrained: logits for images, spectrograms, tokens, attributes and classes, the location for
+vectors. During export the functions use elementary operations only, because the gradients of PyTorch's fused losses cannot be
+exported to ONNX.
 """
 
 import math
@@ -10,13 +10,22 @@ import math
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from model.modality import CategoricalModality, Modality, TextModality, VectorModality
+from concord.model.modality import CategoricalModality, Modality, TextModality, VectorModality
+from concord.model.vae.masked import is_tracing
 
 
 def expectation(modality: Modality, raw: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-    """What the decoder expects: image in [0, 1], vector, probabilities of attributes (batch, size) or of classes
-    (batch, class); for text each token's log-probability."""
+    """Expected value of x given the decoder's output.
+
+    Args:
+        raw: (batch, *shape), for text and classes (batch, *shape, category).
+
+    Returns:
+        image and audio (batch, channels, height, width) in [0, 1]; vector (batch, size); probabilities of attributes (batch,
+        size) or classes (batch, class); log-probabilities of text tokens (batch, length, token).
+    """
     if isinstance(modality, TextModality):
         return torch.log_softmax(raw, dim=-1)
     if isinstance(modality, CategoricalModality):
@@ -31,15 +40,17 @@ def log_likelihood(
 
     Args:
         raw: the decoder's output: (batch, *shape), for text and classes (batch, *shape, category).
-        x: the observed rows; ids for text and classes, float otherwise.
+        x: the observed rows (batch, *shape): int64 ids for text and classes, else float.
     """
     if isinstance(modality, TextModality | CategoricalModality):
-        tokens = torch.arange(raw.shape[-1], device=raw.device)
-        chosen = (x.unsqueeze(-1) == tokens).to(raw.dtype)
+        if modality.likelihood == "categorical" and not is_tracing(raw):
+            return _categorical(raw, x)
+        categories = torch.arange(raw.shape[-1], device=raw.device)
+        one_hot = (x.unsqueeze(-1) == categories).to(raw.dtype)
         terms = torch.log_softmax(raw, dim=-1)
-        return _shifted(terms, chosen) if modality.likelihood == "shifted" else (terms * chosen).flatten(1).sum(1)
+        return _shifted(terms, one_hot) if modality.likelihood == "shifted" else (terms * one_hot).flatten(1).sum(1)
     if modality.likelihood == "bernoulli":
-        # The logarithm of the sigmoid, safe at both ends.
+        # log sigmoid(raw) for x = 1, log sigmoid(-raw) for x = 0, without overflow.
         terms = raw * x - raw.clamp(min=0) - torch.log1p(torch.exp(-raw.abs()))
         return terms.flatten(1).sum(1)
     distance = (x - expectation(modality, raw)) / modality.scale
@@ -50,19 +61,29 @@ def log_likelihood(
     return terms.flatten(1).sum(1)
 
 
+def _categorical(raw: Float[Tensor, "batch length token"], tokens: Shaped[Tensor, "batch length"]) -> Float[Tensor, " batch"]:
+    """Return the log-probability of the observed tokens.
+
+    It picks one logit of each position. A product with one-hot vectors would write arrays of (batch, length, token) several
+    times, which takes longer than the networks if the vocabulary is large.
+    """
+    observed = tokens.clamp(0, raw.shape[-1] - 1)  # filler of absent rows may be out of range
+    return -cross_entropy(raw.flatten(0, 1), observed.flatten(), reduction="none").view(tokens.shape).sum(1)
+
+
 def _shifted(
-    terms: Float[Tensor, "batch length token"], chosen: Float[Tensor, "batch length token"]
+    terms: Float[Tensor, "batch length token"], one_hot: Float[Tensor, "batch length token"]
 ) -> Float[Tensor, " batch"]:
-    """log of the mean, over all cyclic shifts, of the probability that decoded place i gives observed token i + shift.
+    """log of the mean probability over all cyclic shifts, where decoded position i predicts the observed token i + shift.
 
     Args:
-        terms: log-probabilities of each decoded place.
-        chosen: the observed tokens, one-hot.
+        terms: log-probabilities at each decoded position.
+        one_hot: the observed tokens.
     """
     length = terms.shape[1]
-    places = torch.arange(length, device=terms.device)
-    # (decoded place, observed place, shift): 1 where they meet. One product with it sums each shift's diagonal.
-    meet = ((places[:, None, None] + places) % length == places[:, None]).to(terms.dtype)
-    by_shift = (terms @ chosen.transpose(1, 2)).flatten(1) @ meet.flatten(0, 1)
-    # The logarithm of a sum of exponentials, as the difference from any one of the terms.
+    positions = torch.arange(length, device=terms.device)
+    # (decoded position, observed position, shift): 1 if they match. The matrix product sums the diagonal of each shift.
+    matches = ((positions[:, None, None] + positions) % length == positions[:, None]).to(terms.dtype)
+    by_shift = (terms @ one_hot.transpose(1, 2)).flatten(1) @ matches.flatten(0, 1)
+    # logsumexp(x) = x_0 - log_softmax(x)_0, in operations that can be exported with their gradient.
     return by_shift[:, 0] - torch.log_softmax(by_shift, dim=1)[:, 0] - math.log(length)

@@ -1,4 +1,4 @@
-"""The multimodal VAE: the generative half, its posteriors and one refinement step."""
+"""The multimodal VAE: encoders, decoders, refiner and optional flow."""
 
 from collections.abc import Sequence
 
@@ -6,26 +6,30 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from model.modality import Modality
-from model.vae.flow import Flow
-from model.vae.gaussian import Gaussian, sample
-from model.vae.generative import Arrays, Generative
-from model.vae.posterior import ENCODERS, Fusion, SetEncoder
-from model.vae.refiner import Refiner
+from concord.model.modality import Modality
+from concord.model.vae import gaussian
+from concord.model.vae.flow import Flow
+from concord.model.vae.gaussian import Gaussian
+from concord.model.vae.generative import Arrays, Generative
+from concord.model.vae.posterior import ENCODERS, Fusion, SetEncoder
+from concord.model.vae.refiner import Refiner
 
 
 class MultimodalVAE(Generative):
-    """Joint encoder, refiner, aligned encoder, a decoder for each modality and, on demand, a flow to draw samples through.
+    """Joint encoder, aligned encoder, refiner, one decoder for each modality, and an optional flow.
 
     Args:
+        modalities: what the encoders read and the decoders generate.
         latent: size of z.
-        features, width: of the encoders, see ``SetEncoder``.
-        hidden: of the fusion, the refiner and the decoders.
+        features: size of the features of one modality, see ``SetEncoder``.
+        width: channels of the image networks, see ``SetEncoder``.
+        hidden: width of the hidden layers of fusion, refiner and decoders.
         beta: weight of the KL term (Higgins et al. 2017).
-        fusion: of the aligned encoder: one network for every subset, or the product of an expert for each modality.
-        couplings: of the flow that samples are drawn through. 0: no flow, samples are those of the Gaussian posterior.
-        spread: standard deviation of the noise that the flow begins with, in (0, 1]. It learns with 1; below, its samples keep
-            to where the density is high (Kingma & Dhariwal 2018, section 6: reduced temperature).
+        fusion: kind of aligned encoder. ``set``: one network for all subsets. ``product``: a product of experts.
+        shallow: whether both encoders have few layers, see ``SetEncoder``.
+        couplings: number of couplings of the flow that transforms samples. 0: no flow, samples are Gaussian.
+        spread: standard deviation of the base noise of the flow, in (0, 1]. Training uses 1. Smaller values concentrate the
+            samples where the density is high (reduced temperature: Kingma & Dhariwal 2018, section 6).
     """
 
     def __init__(
@@ -38,21 +42,23 @@ class MultimodalVAE(Generative):
         width: int,
         beta: float,
         fusion: Fusion = "set",
+        shallow: bool = False,
         couplings: int = 0,
         spread: float = 1.0,
     ) -> None:
         super().__init__(modalities, latent=latent, beta=beta)
-        self.joint = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width)
-        self.aligned = ENCODERS[fusion](modalities, latent=latent, features=features, hidden=hidden, width=width)
+        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width}
+        self.joint = SetEncoder(modalities, **sizes, shallow=shallow)
+        self.aligned = ENCODERS[fusion](modalities, **sizes, shallow=shallow)
         self.refiner = Refiner(latent=latent, hidden=hidden, beta=beta)
         self.build_decoders(hidden=hidden, width=width)
         self.flow = Flow(latent=latent, hidden=hidden, couplings=couplings) if couplings else None
         self.spread = spread
 
-    def draw(self, posterior: Gaussian, noise: Float[Tensor, "batch sample latent"]) -> Float[Tensor, "batch sample latent"]:
-        """Samples of an aligned or refined posterior, through the flow where there is one."""
-        drawn: Tensor = sample(posterior, noise) if self.flow is None else self.flow(posterior, self.spread * noise)
-        return drawn
+    def sample(self, posterior: Gaussian, noise: Float[Tensor, "batch sample latent"]) -> Float[Tensor, "batch sample latent"]:
+        """Return samples of an aligned or refined posterior, transformed by the flow if the model has one."""
+        samples: Tensor = gaussian.sample(posterior, noise) if self.flow is None else self.flow(posterior, self.spread * noise)
+        return samples
 
     def gradient(
         self,
@@ -62,13 +68,17 @@ class MultimodalVAE(Generative):
         anchor: Gaussian,
         noise: Float[Tensor, "batch sample latent"],
     ) -> tuple[Gaussian, Float[Tensor, " batch"]]:
-        """Gradient of each row's objective with respect to its own posterior, and the objective."""
+        """Return the gradient of each row's ``objective`` with respect to its posterior, and the objective (batch,).
 
-        def of(mean: Tensor, log_var: Tensor) -> Tensor:
+        The gradient is a pair of tensors (batch, latent): with respect to the mean and with respect to the log variance.
+        Arguments as ``objective``.
+        """
+
+        def objective_at(mean: Tensor, log_var: Tensor) -> Tensor:
             return self.objective(arrays, present, Gaussian(mean, log_var), anchor, noise)
 
-        objective, pullback = torch.func.vjp(of, posterior.mean, posterior.log_var)  # type: ignore[misc]  # two without aux
-        mean, log_var = pullback(torch.ones_like(objective))
+        objective, vjp = torch.func.vjp(objective_at, posterior.mean, posterior.log_var)  # type: ignore[misc]  # two without aux
+        mean, log_var = vjp(torch.ones_like(objective))
         return Gaussian(mean, log_var), objective
 
     def refine_step(
@@ -79,6 +89,9 @@ class MultimodalVAE(Generative):
         anchor: Gaussian,
         noise: Float[Tensor, "batch sample latent"],
     ) -> tuple[Gaussian, Float[Tensor, " batch"]]:
-        """One step of the refiner, and the objective at the posterior that came in."""
+        """Return the posterior after one step of the refiner, and the objective (batch,) before the step.
+
+        Arguments as ``objective``.
+        """
         gradient, objective = self.gradient(arrays, present, posterior, anchor, noise)
         return self.refiner(posterior, gradient), objective

@@ -1,55 +1,102 @@
-"""Encoder trunks (x_m -> features) and decoders (z -> raw output) of each kind of modality."""
+"""Encoder trunks (x_m -> features) and decoders (z -> raw output) for each kind of modality.
+
+A spectrogram has the networks of a grey image.
+"""
 
 import math
+from collections.abc import ItemsView, Iterator, KeysView
+from typing import Final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from model.modality import CategoricalModality, ImageModality, Modality, TextModality
+from concord.model.modality import AudioModality, CategoricalModality, ImageModality, Modality, TextModality
+from concord.model.vae.masked import is_tracing
+from concord.model.vae.token_likelihood import token_log_likelihood
 
-SILU_GAIN = 1.7  # standard normal in, standard normal out: 1 / sqrt(E[SiLU(x)^2]), rounded
-COARSEST = 4  # pixels: the side at which convolutions stop halving
-DOUBLINGS = 3  # of a convolution's channels; pictures above 90 pixels a side would make networks of gigabytes otherwise
-GROUPS = 8  # of channels that an image encoder normalises together, row by row (Wu & He 2018)
-WORD_FEATURES = 64  # of each word, on the way in and on the way out
+SILU_GAIN = 1.7  # 1 / sqrt(E[SiLU(x)^2]) for standard normal x, rounded: keeps the variance of signals from layer to layer
+MIN_SIDE = 4  # pixels: convolutions halve an image until its shorter side has about this size
+MAX_DOUBLINGS = 3  # of the channels; without a limit, images above 90 pixels per side would need networks of gigabytes
+GROUPS = 8  # group normalisation in image encoders, per row (Wu & He 2018)
+WORD_FEATURES = 64  # size of a word's vector, in the encoder and in the decoder
 
 
-def encoder(modality: Modality, features: int, width: int) -> nn.Module:
-    """Network from (batch, *shape) to (batch, features).
+class ModalityModules(nn.ModuleDict):
+    """Modules by modality. A modality may have the name of an attribute of ``nn.ModuleDict``, such as ``type`` or ``training``,
+    which ``nn.ModuleDict`` rejects as a key: such a module is stored under another key. All other keys, and so the names of the
+    weights, are those of ``nn.ModuleDict``.
+    """
+
+    _PREFIX = "modality-"  # no attribute and no modality has a hyphen in its name
+    _ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return super().__getitem__(self._stored(key))
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(self._stored(key), module)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(self._stored(key))
+
+    def __contains__(self, key: str) -> bool:
+        return super().__contains__(self._stored(key))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name())
+
+    def keys(self) -> KeysView[str]:
+        return self._by_name().keys()
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        return self._by_name().items()
+
+    def _by_name(self) -> dict[str, nn.Module]:
+        return {key.removeprefix(self._PREFIX): module for key, module in self._modules.items() if module is not None}
+
+    def _stored(self, key: str) -> str:
+        return self._PREFIX + key if key in self._ATTRIBUTES else key
+
+
+def encoder(modality: Modality, features: int, width: int, *, shallow: bool = False) -> nn.Module:
+    """Encoder trunk of a modality: network from (batch, *shape) to (batch, features).
 
     Args:
         features: size of the output.
-        width: channels of the first convolution; doubled at every halving of the picture, ``DOUBLINGS`` times at most.
+        shallow: whether numbers, attributes, classes and characters pass one layer instead of two.
+        width: channels of the first convolution. They double each time the image is halved, at most ``MAX_DOUBLINGS`` times.
     """
-    if isinstance(modality, ImageModality):
+    if isinstance(modality, ImageModality | AudioModality):
         return _image_encoder(modality, features, width)
     if isinstance(modality, TextModality) and modality.unit == "word":
         return _WordsEncoder(modality, features)
     if isinstance(modality, TextModality | CategoricalModality):
         values = math.prod(modality.shape) * modality.categories
-        return nn.Sequential(_OneHot(modality.categories), *_perceptron(values, features), nn.SiLU())
-    return nn.Sequential(*_perceptron(math.prod(modality.shape), features), nn.SiLU())
+        return nn.Sequential(_OneHot(modality.categories), *_layers(values, features, shallow), nn.SiLU())
+    return nn.Sequential(*_layers(math.prod(modality.shape), features, shallow), nn.SiLU())
 
 
 def decoder(modality: Modality, latent: int, hidden: int, width: int) -> nn.Module:
-    """Network from z (batch, latent) to the raw output: (batch, *shape), for text and classes (batch, *shape, category).
+    """Decoder of a modality: network from z (batch, latent) to the raw output of ``likelihood``, (batch, *shape), for text and
+    classes (batch, *shape, category).
 
     Args:
+        latent: size of z.
         hidden: size of the hidden layers.
-        width: channels before the last convolution; doubled at every halving of the picture, ``DOUBLINGS`` times at most.
+        width: channels before the last convolution. Towards z they double at each halving, at most ``MAX_DOUBLINGS`` times.
     """
-    if isinstance(modality, ImageModality):
+    if isinstance(modality, ImageModality | AudioModality):
         return _ImageDecoder(modality, latent, hidden, width)
     shape = modality.shape
     if isinstance(modality, TextModality) and modality.unit == "word":
-        return nn.Sequential(
+        return WordsDecoder(
             nn.Linear(latent, hidden),
             nn.SiLU(),
             *_perceptron(hidden, modality.length * WORD_FEATURES, hidden),
             nn.SiLU(),
             nn.Unflatten(1, (modality.length, WORD_FEATURES)),
-            nn.Flatten(0, 1),  # the same choice of words at every place
+            nn.Flatten(0, 1),  # all positions share the output layer
             nn.Linear(WORD_FEATURES, modality.categories),
             nn.Unflatten(0, (-1, modality.length)),
         )
@@ -61,14 +108,17 @@ def decoder(modality: Modality, latent: int, hidden: int, width: int) -> nn.Modu
 
 
 def initialise(network: nn.Module, last: float = 1.0) -> None:
-    """Draw weights that keep the scale of signals from layer to layer; that of the last layer's output is ``last``.
+    """Initialise all weights with normal samples that keep the standard deviation of signals from layer to layer. Biases are 0.
 
-    PyTorch's default shrinks them by a half or more in each layer with a SiLU behind it. A decoder that begins so quiet learns
-    to ignore z before z says anything, and the whole model stays there.
+    PyTorch's default shrinks signals by half or more in each layer that a SiLU follows. A decoder that starts with outputs this
+    small learns to ignore z before z carries information, and the model does not recover.
+
+    Args:
+        last: standard deviation of the last layer's output.
     """
     layers = [m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
     for layer in layers:
-        # A transposed convolution of kernel 4 and stride 2 brings 2 x 2 places together in each output.
+        # A transposed convolution with kernel 4 and stride 2 sums 2 x 2 positions in each output.
         inputs = layer.in_channels * 4 if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
         gain = last if layer is layers[-1] else SILU_GAIN
         nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
@@ -81,18 +131,21 @@ def _perceptron(inputs: int, outputs: int, hidden: int = 0) -> tuple[nn.Module, 
     return nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
 
 
-def _halvings(modality: ImageModality) -> int:
-    return max(1, round(math.log2(min(modality.height, modality.width) / COARSEST)))
+def _layers(inputs: int, outputs: int, shallow: bool) -> tuple[nn.Module, ...]:
+    return (nn.Linear(inputs, outputs),) if shallow else _perceptron(inputs, outputs)
+
+
+def _halvings(modality: ImageModality | AudioModality) -> int:
+    return max(1, round(math.log2(min(modality.shape[1:]) / MIN_SIDE)))
 
 
 def _channels(width: int, level: int) -> int:
-    return width << min(level, DOUBLINGS)
+    return width << min(level, MAX_DOUBLINGS)
 
 
-def _image_encoder(modality: ImageModality, features: int, width: int) -> nn.Module:
+def _image_encoder(modality: ImageModality | AudioModality, features: int, width: int) -> nn.Module:
     layers: list[nn.Module] = []
-    channels: int = modality.channels
-    height, side = modality.height, modality.width
+    channels, height, side = modality.shape
     for level in range(_halvings(modality)):
         after = _channels(width, level)
         norm = _GroupNorm(math.gcd(GROUPS, after), after)
@@ -101,11 +154,25 @@ def _image_encoder(modality: ImageModality, features: int, width: int) -> nn.Mod
     return nn.Sequential(_Centred(), *layers, nn.Flatten(), nn.Linear(channels * height * side, features), nn.SiLU())
 
 
+class WordsDecoder(nn.Sequential):
+    """Decoder of words. Its last two layers are the output layer of each position and the split into positions."""
+
+    def log_likelihood(self, z: Float[Tensor, "batch latent"], tokens: Int[Tensor, "batch length"]) -> Float[Tensor, " batch"]:
+        """Return log p(tokens | z) of each row in nats, as ``likelihood.log_likelihood`` of the decoder's output."""
+        *hidden_layers, output, _ = self
+        assert isinstance(output, nn.Linear)
+        for layer in hidden_layers:
+            z = layer(z)
+        observed = tokens.clamp(0, output.out_features - 1).flatten()  # filler of absent rows may be out of range
+        return token_log_likelihood(z, output.weight, output.bias, observed).view(tokens.shape).sum(1)
+
+
 class _ImageDecoder(nn.Module):
-    def __init__(self, modality: ImageModality, latent: int, hidden: int, width: int) -> None:
+    def __init__(self, modality: ImageModality | AudioModality, latent: int, hidden: int, width: int) -> None:
         super().__init__()
         levels = _halvings(modality)
-        coarse = (_channels(width, levels - 1), math.ceil(modality.height / 2**levels), math.ceil(modality.width / 2**levels))
+        channels, self.height, self.width = modality.shape
+        coarse = (_channels(width, levels - 1), math.ceil(self.height / 2**levels), math.ceil(self.width / 2**levels))
         layers: list[nn.Module] = [
             nn.Linear(latent, hidden),
             nn.SiLU(),
@@ -116,48 +183,77 @@ class _ImageDecoder(nn.Module):
         for level in reversed(range(1, levels)):
             before, after = _channels(width, level), _channels(width, level - 1)
             layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(width, modality.channels, kernel_size=4, stride=2, padding=1))
-        # The grid grows by doubling; what exceeds the picture is cut evenly from both sides.
-        self.top = (coarse[1] * 2**levels - modality.height) // 2
-        self.left = (coarse[2] * 2**levels - modality.width) // 2
-        self.height, self.width = modality.height, modality.width
+        self.layers = nn.Sequential(*layers, _ToPixels(width, channels))
+        # The grid doubles in each layer. Pixels beyond the image's size are cropped evenly from both sides.
+        self.top = (coarse[1] * 2**levels - self.height) // 2
+        self.left = (coarse[2] * 2**levels - self.width) // 2
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch channel height width"]:
-        grown = self.layers(z)
-        cut: Tensor = grown[:, :, self.top : self.top + self.height, self.left : self.left + self.width]
-        return cut
+        grid = self.layers(z)
+        cropped: Tensor = grid[:, :, self.top : self.top + self.height, self.left : self.left + self.width]
+        return cropped
+
+
+class _ToPixels(nn.ConvTranspose2d):
+    """The last layer of an image decoder. Except during export it is computed as a convolution at the lower resolution.
+
+    With stride 2, kernel 4 and padding 1 each output pixel depends on 2 x 2 of the 3 x 3 input pixels around it. So one
+    convolution with four times the output channels computes four pixels at once (Shi et al. 2016). PyTorch's transposed
+    convolution is several times slower for this few output channels.
+    """
+
+    _TAPS: Final = ((3, 1, 4), (4, 2, 0))
+    """Row of the kernel for each row of the 3 x 3 input, for even and for odd output rows. 4: a row of zeros."""
+
+    taps: Tensor
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__(channels, outputs, kernel_size=4, stride=2, padding=1)
+        self.register_buffer("taps", torch.tensor(self._TAPS), persistent=False)
+
+    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch pixel height2 width2"]:  # type: ignore[override]  # no output size
+        if is_tracing(x) or not len(x) or self.out_channels > self.in_channels // 2:  # pixel_shuffle needs a row
+            return super().forward(x)
+        padded = nn.functional.pad(self.weight, (0, 1, 0, 1))
+        kernels = padded[:, :, self.taps.view(2, 3, 1, 1), self.taps]  # (in, out, row phase, row, column phase, column)
+        weight = kernels.permute(1, 2, 4, 0, 3, 5).flatten(0, 2)
+        bias = None if self.bias is None else self.bias.repeat_interleave(4)
+        return nn.functional.pixel_shuffle(nn.functional.conv2d(x, weight, bias, padding=1), 2)
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Spelled out where a graph is recorded: as the exporter spells it, it cannot take a batch of no rows."""
+    """Group normalisation. During export it uses other operations, because the exporter's version fails on an empty batch."""
 
     def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch channel height width"]:
         if not torch.compiler.is_exporting():
-            return super().forward(x)
+            # Without the check of nn.functional.group_norm: a batch may have a single row with a picture of a few pixels.
+            return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         group = math.prod(x.shape[1:]) // self.num_groups
         normal = nn.functional.layer_norm(x.reshape(x.shape[0], self.num_groups, group), (group,), eps=self.eps)
         return normal.reshape(x.shape) * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 class _Centred(nn.Module):
-    """Pixels from [0, 1] to [-2, 2]: mean near 0 and deviation near 1, as ``initialise`` expects of an input."""
+    """Pixels from [0, 1] to [-2, 2]: mean near 0 and standard deviation near 1, as ``initialise`` assumes for inputs."""
 
     def forward(self, pixels: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch channel height width"]:
         return 4 * pixels - 2
 
 
 class _OneHot(nn.Module):
-    def __init__(self, alphabet: int) -> None:
+    """Ids to flattened one-hot vectors. An id out of range becomes zeros."""
+
+    def __init__(self, categories: int) -> None:
         super().__init__()
-        self.alphabet = alphabet
+        self.categories = categories
 
     def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch values"]:
-        known = torch.arange(self.alphabet, device=tokens.device)
-        return (tokens.unsqueeze(-1) == known).to(torch.float32).flatten(1)
+        categories = torch.arange(self.categories, device=tokens.device)
+        return (tokens.unsqueeze(-1) == categories).to(torch.float32).flatten(1)
 
 
 class _WordsEncoder(nn.Module):
-    """Each word with its neighbours, wherever it stands; then all of them together."""
+    """Convolution over each word and the words next to it, then a sum over positions, so absolute positions do not matter."""
 
     def __init__(self, modality: TextModality, features: int) -> None:
         super().__init__()
@@ -167,8 +263,8 @@ class _WordsEncoder(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch feature"]:
         written = (tokens != 0).unsqueeze(-1)
-        # What fills an absent slot may be no token at all, and must not stop the lookup.
+        # Filler of absent rows may be out of range, and the embedding lookup must not fail.
         words = self.words(tokens.clamp(0, self.words.num_embeddings - 1)) * written
-        seen = nn.functional.silu(self.context(words.transpose(1, 2)).transpose(1, 2)) * written
-        together = seen.sum(1) / written.sum(1).clamp(min=1).sqrt()  # of the scale of one word, however many there are
-        return nn.functional.silu(self.out(together))
+        contexts = nn.functional.silu(self.context(words.transpose(1, 2)).transpose(1, 2)) * written
+        pooled = contexts.sum(1) / written.sum(1).clamp(min=1).sqrt()  # the same scale for any number of words
+        return nn.functional.silu(self.out(pooled))

@@ -1,4 +1,4 @@
-"""The networks as ONNX graphs, for any number of rows."""
+"""The networks as ONNX graphs with a dynamic batch size."""
 
 import logging
 import warnings
@@ -13,37 +13,47 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from model.vae.gaussian import Gaussian
-from model.vae.multimodal import MultimodalVAE
-from model.vae.tracing import MAX_BATCH, trace
+from concord.model.bundle.manifest import graph_input
+from concord.model.vae.export.traced_gradient import MAX_BATCH, trace
+from concord.model.vae.gaussian import Gaussian
+from concord.model.vae.multimodal import MultimodalVAE
 
-INLINE_BYTES = 1024  # smaller tensors stay in their graph
+OPSET = 18  # ONNX Runtime's GPU providers lack kernels for some operators of newer ones
+INLINE_BYTES = 1024  # tensors up to this size are stored in the graph, larger ones in the weights file
 
-for library in ("onnxscript", "onnx_ir"):  # they tell of every constant and function that they leave alone
+for library in ("onnxscript", "onnx_ir"):  # they log every constant and function that they do not change
     logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def encode_graph(vae: MultimodalVAE) -> onnx.ModelProto:
-    """Values of all modalities by name and ``present`` (batch, modality) -> ``mean``, ``log_var`` (batch, latent)."""
+    """Graph of the aligned encoder.
+
+    Inputs: each modality (batch, *shape), named by ``manifest.graph_input``, and ``present`` (batch, modality). Outputs:
+    ``mean`` and ``log_var`` (batch, latent).
+    """
     *arrays, present = _tracing_rows(vae)
-    inputs = [*(m.name for m in vae.modalities), "present"]
+    inputs = [*(graph_input(m.name) for m in vae.modalities), "present"]
     return _convert(_program(_Encode(vae), (*arrays, present)), inputs, ["mean", "log_var"])
 
 
-def draw_graph(vae: MultimodalVAE) -> onnx.ModelProto:
-    """``mean``, ``log_var`` and ``noise`` -> ``z``, all (batch, latent). Of a model with a flow."""
+def sample_graph(vae: MultimodalVAE) -> onnx.ModelProto:
+    """Graph of a posterior sample, for a model with a flow. ``mean``, ``log_var``, ``noise`` -> ``z``, all (batch, latent)."""
     rows = tuple(torch.zeros(3, vae.latent) for _ in range(3))
-    return _convert(_program(_Draw(vae), rows), ["mean", "log_var", "noise"], ["z"])
+    return _convert(_program(_Sample(vae), rows), ["mean", "log_var", "noise"], ["z"])
 
 
 def decode_graph(vae: MultimodalVAE, modality: str) -> onnx.ModelProto:
-    """``z`` (batch, latent) -> ``value`` (batch, *shape), its expectation."""
+    """Graph of a decoder. ``z`` (batch, latent) -> ``value``, the expected value, see ``likelihood.expectation``."""
     return _convert(_program(_Decode(vae, modality), (torch.zeros(3, vae.latent),)), ["z"], ["value"])
 
 
 def refine_graph(vae: MultimodalVAE, samples: int) -> onnx.ModelProto:
-    """One refinement step, gradient included: values, ``present``, posterior, anchor and ``noise`` (batch, ``samples``, latent)
-    -> ``next_mean``, ``next_log_var`` (batch, latent) and ``objective`` (batch,) in nats, see ``MultimodalVAE.refine_step``."""
+    """Graph of one refinement step, including the gradient of the objective. See ``MultimodalVAE.refine_step``.
+
+    Inputs: each modality (batch, *shape), named by ``manifest.graph_input``, ``present`` (batch, modality), ``mean``,
+    ``log_var``, ``anchor_mean`` and ``anchor_log_var`` (batch, latent), ``noise`` (batch, samples, latent). Outputs:
+    ``next_mean`` and ``next_log_var`` (batch, latent), ``objective`` (batch,) in weighted nats.
+    """
     names = [m.name for m in vae.modalities]
 
     def step(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +67,7 @@ def refine_graph(vae: MultimodalVAE, samples: int) -> onnx.ModelProto:
     rows = _tracing_rows(vae, samples)
     posterior = [torch.zeros(len(rows[0]), vae.latent) for _ in range(4)]
     program = trace(step, (*rows, *posterior, torch.zeros(len(rows[0]), samples, vae.latent)))
-    inputs = [*names, "present", "mean", "log_var", "anchor_mean", "anchor_log_var", "noise"]
+    inputs = [*map(graph_input, names), "present", "mean", "log_var", "anchor_mean", "anchor_log_var", "noise"]
     return _convert(program, inputs, ["next_mean", "next_log_var", "objective"])
 
 
@@ -72,13 +82,13 @@ class _Encode(nn.Module):
         return tuple(self.aligned(dict(zip(self.names, arrays, strict=True)), present))
 
 
-class _Draw(nn.Module):
+class _Sample(nn.Module):
     def __init__(self, vae: MultimodalVAE) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, mean: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
-        return self.vae.draw(Gaussian(mean, log_var), noise.unsqueeze(1)).squeeze(1)
+        return self.vae.sample(Gaussian(mean, log_var), noise.unsqueeze(1)).squeeze(1)
 
 
 class _Decode(nn.Module):
@@ -91,11 +101,11 @@ class _Decode(nn.Module):
 
 
 def _tracing_rows(vae: MultimodalVAE, samples: int = 0) -> list[Tensor]:
-    """Blank rows of every modality, and their presence. Tracing takes equal axes for the same axis, so their number is one
-    that no other axis has."""
-    taken = {size for key in vae.state_dict().values() for size in key.shape}
-    taken |= {size for m in vae.modalities for size in m.shape} | {samples}
-    rows = next(n for n in range(3, len(taken) + 4) if n not in taken)
+    """Zeros for every modality and a mask of ones, to trace with. Tracing treats axes of equal size as the same axis, so the
+    batch size is one that no other axis has."""
+    sizes = {size for weight in vae.state_dict().values() for size in weight.shape}
+    sizes |= {size for m in vae.modalities for size in m.shape} | {samples}
+    rows = next(n for n in range(3, len(sizes) + 4) if n not in sizes)
     arrays = [torch.zeros(rows, *m.shape, dtype=torch.int64 if m.dtype is np.int64 else torch.float32) for m in vae.modalities]
     return [*arrays, torch.ones(rows, len(vae.modalities), dtype=torch.bool)]
 
@@ -110,23 +120,35 @@ def _program(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
 
 def _convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+        warnings.simplefilter("ignore")  # the exporter uses deprecated functions
+        converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=OPSET)
     assert converted is not None
     model = converted.model
     optimizer.optimize(model, input_size_limit=INLINE_BYTES, output_size_limit=INLINE_BYTES)
-    # Traced names would clash with the names that callers use.
+    # Names from tracing could be equal to names of inputs and outputs. Those of modalities have no dots.
     for number, value in enumerate(value for node in model.graph for value in node.outputs):
-        value.name = f"v{number}"
+        value.name = f"value.{number}"
+    for value in list(model.graph.initializers.values()):
+        value.name = f"constant.{value.name}"
     for value, name in zip(model.graph.inputs, inputs, strict=True):
         value.name = name
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
-    return _without_traces(onnx_ir.to_proto(model))
+    return _with_named_batch_axis(_without_metadata(onnx_ir.to_proto(model)))
 
 
-def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Drop what the exporter notes beside each node: its stack of source files, which tells of the machine it ran on."""
+def _with_named_batch_axis(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with ``batch`` as the name of its batch axis, which a session may then fix to a size."""
+    name = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param == name:
+                axis.dim_param = "batch"
+    return model
+
+
+def _without_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without the exporter's metadata: a stack trace per node, which reveals paths of the machine it ran on."""
     for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")

@@ -1,8 +1,8 @@
-"""The refinement step, gradient included, as a graph of standard operators.
+"""Tracing of functions that compute gradients, such as the refinement step, into graphs of standard operators.
 
-``torch.export`` cannot follow a function that differentiates. ``make_fx`` can: it records the tensor operations of the
-forward and the backward pass as they run, and that record exports like any other graph. It leans on two private parts of
-PyTorch, so the version is pinned and the parity of every exported bundle is checked.
+``torch.export`` cannot trace a function that differentiates. ``make_fx`` can: it records the tensor operations of the forward
+and the backward pass, and ``torch.export`` can export this record. The module uses two private parts of PyTorch, so the version
+of PyTorch is pinned and the parity of every exported bundle is checked.
 """
 
 import warnings
@@ -17,16 +17,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 MAX_BATCH = 1 << 16
+"""Largest batch size of exported graphs, in rows."""
 Size = int | torch.SymInt
-"""An axis while it is recorded: the batch has no number then."""
+"""Size of an axis during tracing. The batch size is symbolic."""
 
 
 def trace(function: Callable[..., tuple[Tensor, ...]], example: Sequence[Tensor]) -> ExportedProgram:
-    """Record ``function``, which may differentiate inside, with a free batch size.
+    """Graph of ``function`` with a dynamic batch size. The function may compute gradients.
 
     Args:
-        function: of tensors whose first axis is the batch; parameters it closes over become constants.
-        example: one tensor for each argument, of a batch size above 1 that no other axis has.
+        function: its arguments are tensors whose first axis is the batch. Parameters of its closure become constants.
+        example: one tensor per argument. Their batch size must be larger than 1 and differ from the size of every other axis.
     """
     functional = torch.func.functionalize(function, remove="mutations")
     recorded = make_fx(functional, tracing_mode="symbolic", decomposition_table=_decompositions(), _allow_non_fake_inputs=True)(
@@ -34,7 +35,7 @@ def trace(function: Callable[..., tuple[Tensor, ...]], example: Sequence[Tensor]
     )
     batch = Dim("batch", min=1, max=MAX_BATCH)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.export copies its own deprecated classes
+        warnings.simplefilter("ignore", FutureWarning)  # torch.export copies deprecated classes of PyTorch
         return torch.export.export(recorded, tuple(example), dynamic_shapes=tuple({0: batch} for _ in example), strict=False)
 
 
@@ -60,7 +61,8 @@ def _convolution_backward(
     groups: int,
     _mask: list[bool],
 ) -> tuple[Tensor, None, None]:
-    """Gradient for the input alone, a convolution with the same weight; that of the weight is never asked for."""
+    """Gradient of a convolution with respect to its input: a transposed convolution with the same weight, and vice versa. The
+    gradients of weight and bias are not needed."""
     if transposed:
         output_padding = [0] * len(stride)
     else:
@@ -69,19 +71,19 @@ def _convolution_backward(
             - ((gradient.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
             for i in range(len(stride))
         ]
-    back = aten.convolution(gradient, weight, None, stride, padding, dilation, not transposed, output_padding, groups)
-    return back, None, None
+    input_gradient = aten.convolution(gradient, weight, None, stride, padding, dilation, not transposed, output_padding, groups)
+    return input_gradient, None, None
 
 
 def _slice_backward(gradient: Tensor, sizes: list[Size], dim: int, start: Size, end: Size, step: int) -> Tensor:
-    """Zeros around the gradient. The general rule scatters, which runs far slower."""
+    """Gradient of a slice: the gradient padded with zeros. PyTorch's rule uses a scatter, which is much slower."""
     if step != 1:
-        raise NotImplementedError("only contiguous slices are used in decoders")
+        raise NotImplementedError(f"the step of a slice must be 1, received {step}: decoders use contiguous slices only")
     after = sizes[dim] - min(end, sizes[dim])
     padding = [0, 0] * (len(sizes) - 1 - dim) + [start, after]
     return torch.constant_pad_nd(gradient, padding)
 
 
 def _empty_permuted(size: list[Size], _layout: list[int], **options: Any) -> Tensor:
-    """Uninitialised memory has no counterpart in ONNX; every use here overwrites it."""
+    """Zeros instead of uninitialised memory, which ONNX does not have. Every use overwrites the values."""
     return torch.zeros(size, dtype=options.get("dtype"))
