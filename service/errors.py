@@ -1,4 +1,4 @@
-"""What a caller is told when a request fails: RFC 9457 problem objects, and OpenAI's envelope below ``/v1``."""
+"""Error responses: RFC 9457 problem objects, and OpenAI's envelope below ``/v1``."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
+from concord.service.request_state import state_of
+
 MEDIA_TYPE = "application/problem+json"
 
 CODES: dict[str, tuple[int, str]] = {
@@ -16,6 +18,7 @@ CODES: dict[str, tuple[int, str]] = {
     "bad_multipart": (400, "Bad multipart body"),
     "bad_base64": (400, "Bad base64"),
     "bad_image": (400, "Undecodable image"),
+    "bad_audio": (400, "Undecodable audio"),
     "bad_request": (400, "Bad request"),
     "missing_key": (401, "No API key"),
     "wrong_key": (403, "Wrong API key"),
@@ -44,10 +47,10 @@ CODES: dict[str, tuple[int, str]] = {
     "not_ready": (503, "Not ready"),
     "deadline_passed": (504, "Deadline passed"),
 }
-"""Status and title of each code: the whole vocabulary of failure, which also bounds the metric that counts rejections."""
+"""Status and title of each code. The set is closed, which also bounds the labels of the metric that counts rejections."""
 
 OPENAI_PREFIX = "/v1/"
-"""Where OpenAI's clients ask, and are told of errors in their own shape."""
+"""Routes for OpenAI's clients, whose errors have the shape that those expect."""
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -55,7 +58,7 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a request. ``pointer`` is a JSON pointer (RFC 6901) into the body."""
+    """One error in a request. ``pointer`` is a JSON pointer (RFC 6901) into the body."""
 
     pointer: str
     code: str
@@ -63,14 +66,14 @@ class Fault:
 
 
 class Problem(Exception):  # noqa: N818 - the word of RFC 9457
-    """A request, or one of its items, that gets no result.
+    """Why a request, or one of its items, has no result.
 
     Args:
         code: one of ``CODES``; it fixes the status.
-        detail: for a person, with what was received and what is allowed.
-        faults: every fault found, where the body is to blame.
-        retry_after_ms: when it is worth trying again; rounded up to seconds for ``Retry-After``.
-        headers: of the answer.
+        detail: for a reader: what was received, what is allowed, what to do.
+        faults: every fault found in the body.
+        retry_after_ms: milliseconds after which a retry may succeed; rounded up to seconds for ``Retry-After``.
+        headers: of the response.
     """
 
     def __init__(
@@ -88,11 +91,11 @@ class Problem(Exception):  # noqa: N818 - the word of RFC 9457
         self.headers = dict(headers or {})
         if retry_after_ms is not None:
             self.headers["Retry-After"] = str(-(-retry_after_ms // 1000))
-            self.headers["Retry-After-Ms"] = str(retry_after_ms)  # the finer one, which OpenAI's clients look for first
+            self.headers["Retry-After-Ms"] = str(retry_after_ms)  # OpenAI's clients read this one first
 
     @classmethod
-    def of(cls, faults: list[Fault]) -> "Problem":
-        """The problem that the faults of a body add up to: the first one gives code and status, all are listed."""
+    def from_faults(cls, faults: list[Fault]) -> "Problem":
+        """The problem of a body with these faults: the first one gives code and status, all are listed."""
         first = faults[0]
         where = f"{first.pointer}: " if first.pointer else ""
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -121,8 +124,8 @@ class Problem(Exception):  # noqa: N818 - the word of RFC 9457
         param = "".join(f"[{t}]" if t.isdigit() else f".{t}" for t in place.split("/")[1:]).removeprefix(".")
         return {"error": {"message": self.detail, "type": kind, "param": param or None, "code": self.code}}
 
-    def answer(self, request_id: str, path: str = "/") -> Response:
-        """The whole HTTP answer, in the shape that is spoken at this path."""
+    def response(self, request_id: str, path: str = "/") -> Response:
+        """The HTTP response, in the shape that clients of this path expect."""
         openai = path.startswith(OPENAI_PREFIX)
         content = self.envelope() if openai else self.body(request_id)
         media_type = "application/json" if openai else MEDIA_TYPE
@@ -134,24 +137,25 @@ def too_large_body(limit: int) -> Problem:
 
 
 def respond(scope: Scope, problem: Problem) -> Response:
-    """The answer to this request. Telemetry reads the code from its state."""
-    scope["state"]["code"] = problem.code
-    return problem.answer(scope["state"]["request_id"], scope["path"])
+    """The response to this request. Its state keeps the code for logs and metrics."""
+    state = state_of(scope)
+    state.error_code = problem.code
+    return problem.response(state.request_id, scope["path"])
 
 
-async def answer_problem(request: Request, problem: Exception) -> Response:
+async def problem_handler(request: Request, problem: Exception) -> Response:
     """Exception handler of ``Problem``."""
     assert isinstance(problem, Problem)
     return respond(request.scope, problem)
 
 
-async def answer_http_exception(request: Request, error: Exception) -> Response:
-    """Exception handler of what Starlette raises itself: no such route, no such method, a body it could not read."""
+async def http_exception_handler(request: Request, error: Exception) -> Response:
+    """Exception handler for Starlette's own errors: no such route, no such method, an unreadable body."""
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "bad_request")
     detail = {
         "not_found": f"no route {request.url.path[:200]}: see /openapi.json",
-        "method_not_allowed": f"{request.method} is not taken here: see the Allow header",
+        "method_not_allowed": f"{request.method} is not allowed here: see the Allow header",
     }.get(code, error.detail)
     return respond(request.scope, Problem(code, detail, headers=dict(error.headers or {})))
 
@@ -171,8 +175,8 @@ class ProblemSchema(BaseModel):
     code: str = Field(description="For programs: stable, one of a fixed set.", json_schema_extra={"enum": [*CODES]})
     detail: str = Field(description="For people.")
     instance: str = Field(description="The request id, as in X-Request-Id.")
-    retry_after_ms: int | None = Field(None, description="When it is worth trying again.")
-    errors: list[FaultSchema] | None = Field(None, description="Every fault found in the body.")
+    retry_after_ms: int | None = Field(None, description="Milliseconds after which a retry may succeed.")
+    errors: list[FaultSchema] | None = Field(None, description="Every error found in the body.")
 
 
 class OpenAIFault(BaseModel):

@@ -1,0 +1,125 @@
+"""The refinement of one row: its noise, the best posterior so far, and when to stop."""
+
+from enum import IntEnum
+from math import isfinite
+
+import numpy as np
+from jaxtyping import Float32
+
+from concord.service.inference.jobs import Objective, RefinementLimits, RefinementResult, StopReason
+
+
+class Stream(IntEnum):
+    """Purposes of random numbers. The streams of one row are independent: using one never changes another."""
+
+    REFINE = 0
+    GENERATE = 1
+    EMBED = 2
+
+
+def noise(seed: int, index: int, stream: Stream, count: int, latent: int) -> Float32[np.ndarray, "count latent"]:
+    """Standard normal numbers of row ``index`` in a request with ``seed``; other rows of the batch have no influence."""
+    key = np.array([seed % 2**64, index * len(Stream) + stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal((count, latent), dtype=np.float32)
+
+
+def antithetic(half: Float32[np.ndarray, "half latent"], count: int) -> Float32[np.ndarray, "count latent"]:
+    """Pairs (eps, -eps, ...): their mean is exactly zero, which lowers the variance of the objective."""
+    return np.stack([half, -half], axis=1).reshape(-1, half.shape[1])[:count]
+
+
+class RefinementState:
+    """One row under refinement.
+
+    ``Runtime.refine`` returns the objective of its input posterior together with the next posterior, so T steps take T + 1
+    evaluations, and no update is returned that was not evaluated.
+
+    Args:
+        complete: every modality is present. The anchor is then the prior, and the objective the multimodal ELBO. Otherwise the
+            anchor is the starting posterior, and only observed terms count.
+        noise: antithetic standard normals, fixed over the steps so that objectives can be compared.
+        now: seconds, monotonic.
+    """
+
+    __slots__ = ("_best", "_highest", "_limits", "_stopped", "_trace", "_until", "anchor", "complete", "noise", "posterior")
+
+    def __init__(
+        self,
+        limits: RefinementLimits,
+        mean: Float32[np.ndarray, " latent"],
+        log_var: Float32[np.ndarray, " latent"],
+        *,
+        complete: bool,
+        noise: Float32[np.ndarray, "sample latent"],
+        now: float,
+    ) -> None:
+        self.posterior = self._best = (mean, log_var)
+        self.anchor = (np.zeros_like(mean), np.zeros_like(log_var)) if complete else self.posterior
+        self.complete = complete
+        self.noise = noise
+        self._limits = limits
+        self._until = np.inf if limits.until is None else limits.until
+        if limits.budget_ms is not None:
+            self._until = min(self._until, now + limits.budget_ms / 1000)
+        self._highest = -np.inf
+        self._trace: list[float] = []
+        self._stopped: StopReason | None = None
+
+    def advance(
+        self,
+        objective: float,
+        mean: Float32[np.ndarray, " latent"],
+        log_var: Float32[np.ndarray, " latent"],
+        *,
+        finite: bool,
+        now: float,
+    ) -> bool:
+        """Record the objective of ``posterior`` and move on to the next one.
+
+        Args:
+            finite: every number of the next posterior is finite.
+
+        Returns:
+            whether another evaluation is due.
+        """
+        if not isfinite(objective):
+            self._stopped = "diverged"
+            return False
+        gain = objective - self._trace[-1] if self._trace else np.inf
+        self._trace.append(objective)
+        if objective > self._highest:
+            self._highest, self._best = objective, self.posterior
+        limits = self._limits
+        if len(self._trace) > limits.steps:
+            self._stopped = "steps"
+        elif limits.tolerance is not None and gain < limits.tolerance:
+            self._stopped = "tolerance"
+        elif now >= self._until:
+            self._stopped = "budget"
+        elif not finite:
+            self._stopped = "diverged"
+        self.posterior = (mean, log_var)
+        return self._stopped is None
+
+    @property
+    def best(self) -> tuple[Float32[np.ndarray, " latent"], Float32[np.ndarray, " latent"]]:
+        """Mean and log variance with the highest objective so far; the starting posterior if none was finite."""
+        return self._best
+
+    def result(self) -> RefinementResult:
+        """The finished refinement.
+
+        Raises:
+            RuntimeError: ``advance`` has not returned False yet.
+        """
+        if self._stopped is None:
+            raise RuntimeError("this refinement is not finished: advance() has not returned False yet")
+        objective: Objective = "elbo" if self.complete else "observed"
+        return RefinementResult(
+            steps=max(0, len(self._trace) - 1),
+            objective=objective,
+            before=self._trace[0] if self._trace else 0.0,
+            after=self._highest if self._trace else 0.0,
+            stopped=self._stopped,
+            trace=self._trace if self._limits.trace else None,
+        )

@@ -1,0 +1,51 @@
+"""What is known of one request on its way through the service: typed, in one place of the ASGI scope."""
+
+import asyncio
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from opentelemetry.trace import Span
+
+KEY = "concord"
+
+
+def _no_quota(_items: int) -> None: ...
+
+
+@dataclass(slots=True)
+class RequestState:
+    """Created by the outermost middleware, or by admission control for a request that it rejects."""
+
+    request_id: str
+    span: Span
+    task: asyncio.Task[Any] | None = None
+    """Cancelled by the connection when the client disconnects."""
+    client_gone: bool = False
+    alone: bool = False
+    """The last requests came over the same connection: there is probably no other client."""
+    api_key: str | None = None
+    """Name of the key, for the log."""
+    charge: Callable[[int], None] = _no_quota
+    """Takes items off the key's quota; raises Problem (429) if too few are left."""
+    model_version: str | None = None
+    error_code: str | None = None
+    """One of ``errors.CODES`` if the request failed."""
+    submitted_ns: int = 0
+    """Wall clock when its jobs were submitted."""
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def attach(scope: MutableMapping[str, Any], state: RequestState) -> None:
+    """Make ``state`` that of the request with this scope."""
+    scope.setdefault("state", {})[KEY] = state
+
+
+def state_of(scope: Mapping[str, Any]) -> RequestState:
+    """The state of the request with this scope."""
+    return cast(RequestState, scope["state"][KEY])
+
+
+def find_state(scope: Mapping[str, Any]) -> RequestState | None:
+    """The same, or None before it is attached."""
+    return cast("RequestState | None", scope.get("state", {}).get(KEY))
