@@ -1,11 +1,12 @@
-"""The configuration of a run: its tables, and what must agree among them. ``config_file`` reads one."""
+"""The configuration of a run as pydantic models. ``config_file`` reads one from a TOML file."""
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -19,13 +20,49 @@ from pydantic import (
     model_validator,
 )
 
-from model.modality import ImageModality, Modality, TextModality
-from model.vae.posterior import Fusion
-from training.room import MOST_BYTES
+from concord.model.modality import MAX_MODALITIES, AudioModality, ImageModality, Modality, TextModality, WeightRule
+
+DEVICES = r"^(auto|cpu|cuda|cuda:\d{1,2}|mps)$"
+"""Names of devices."""
+RENAMED_KEYS = {"align": {"several": "multimodal_weight", "pull": "jmvae_weight"}}
+"""Table -> deprecated key -> its name now. Version 0.2 accepts the deprecated keys, the next version rejects them."""
+_log = logging.getLogger(__name__)
 
 
-class ConfigError(Exception):
-    """A configuration that must not run. The message names the file and every place that is wrong."""
+def rename_keys(tables: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return ``tables`` with the deprecated keys renamed, and log a warning for each.
+
+    Args:
+        tables: a configuration, as read from TOML or JSON.
+        source: where they come from, for the messages.
+
+    Raises:
+        ValueError: a key is given under its deprecated and its new name.
+    """
+    renamed = dict(tables)
+    for table, keys in RENAMED_KEYS.items():
+        values = renamed.get(table)
+        if not isinstance(values, dict):
+            continue
+        for old, new in keys.items():
+            if old not in values:
+                continue
+            if new in values:
+                raise ValueError(f"{table}.{old} is the deprecated name of {table}.{new}, both are given: remove {table}.{old}")
+            _log.warning("%s: %s.%s is deprecated: rename it to %s.%s", source, table, old, table, new)
+            values = {new if key == old else key: value for key, value in values.items()}
+        renamed[table] = values
+    return renamed
+
+
+def _environment_threads(processes: int) -> int | None:
+    """Return ``OMP_NUM_THREADS``, or None if it is not set.
+
+    torchrun sets it to 1 for each of several processes if the user does not set it, so 1 counts as not set there.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # OpenMP: a number for each level of nesting
+    number = int(first) if first.isascii() and first.isdigit() else 0
+    return None if number == 0 or (number == 1 and processes > 1) else number
 
 
 class _Table(BaseModel):
@@ -36,10 +73,13 @@ class Hub(_Table):
     """A data set on the Hugging Face hub."""
 
     hub: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    """Name of the data set: owner/name."""
     config: str | None = None
+    """Configuration of the data set, if it has several."""
     split: str
+    """Split of the data set."""
     revision: str | None = None
-    """Commit or tag. None: the newest, so that a later run may see other data."""
+    """Commit or tag. None: the newest revision, so a later run may read other data."""
 
 
 def _place_kind(value: object) -> str:
@@ -47,65 +87,80 @@ def _place_kind(value: object) -> str:
 
 
 Place = Annotated[Annotated[str, Tag("Path")] | Annotated[Hub, Tag("Hub")], Discriminator(_place_kind)]
-"""A Parquet file, a folder with one folder of images a class, or a data set on the hub. Paths start in the data folder."""
+"""A Parquet file, a folder with one folder of images per class, or a data set on the hub. Paths are relative to the data
+folder."""
 
 
 class Source(_Table):
-    """One table of rows, and which of its columns hold which modalities."""
+    """One table of rows, and the columns that hold the modalities."""
 
     train: Place
+    """A Parquet file, a folder with one folder of images per class, or a table ``hub``. Relative to the data folder, or the
+    address of a Parquet file in an object store: s3://bucket/key."""
     test: Place | None = None
-    """None: ``train`` holds both, and ``split`` or ``held_out`` parts them."""
+    """The test rows, in the same forms. None: ``train`` holds both splits, separated by ``split`` or ``held_out``."""
     split: str | None = None
-    """Column that says "train" or "test" of each row."""
+    """Column with "train" or "test" in each row."""
+    where: dict[str, str] = Field(default={})
+    """Column -> value. Only rows that hold these values are used: strings, or names of classes."""
     held_out: float | None = Field(default=None, gt=0, le=0.5)
-    """Share of the rows that are tested on and not trained on, drawn once and for all."""
+    """Share of the rows used as test rows. The random choice is the same in every run."""
     columns: dict[str, str | tuple[str, ...]] = Field(min_length=1)
-    """Modality name -> column name; several columns of single numbers make up one vector or one set of attributes."""
+    """Modality name -> column name. Several numeric columns form one vector or one set of attributes."""
     label: str | None = None
-    """Column of the class of each row."""
+    """Column with the class of each row, for ``pairing = "class"`` and the linear probe. It is never an input."""
     licence: str
+    """Licence of the data. It is shown on the model card and applies to the weights too."""
 
     @model_validator(mode="after")
-    def _split_is_clear(self) -> "Source":
+    def _one_source_of_test_rows(self) -> "Source":
         ways = [name for name in ("test", "split", "held_out") if getattr(self, name) is not None]
         if len(ways) != 1:
             raise ValueError(
-                "the test rows come from exactly one of test (a file of their own), split (a column) and held_out (a share); "
+                "the test rows come from exactly one of test (a separate file), split (a column) and held_out (a share); "
                 f"received {' and '.join(ways) or 'none'}"
             )
         return self
 
 
 class Data(_Table):
-    """Where rows come from and how modalities of different sources meet in one row."""
+    """Where rows come from, and how modalities of different sources are combined into rows."""
 
     folder: Path = Path("data")
-    """Relative to the working directory; ``--data`` and ``CONCORD_DATA`` come before it."""
+    """Folder of the data, relative to the working directory. ``--data`` and ``CONCORD_DATA`` override it."""
     pairing: Literal["row", "class"]
-    """row: the rows of the one source. class: rows of the first source, each with random rows of the others of its class."""
+    """row: the rows of a single source. class: each row of the first source with random rows of the others of its class."""
     random_offset: tuple[str, ...] = ()
-    """Text modalities placed at random inside their length, anew each epoch."""
+    """Text modalities that start at a random position within their length, sampled in every epoch."""
     random_flip: tuple[str, ...] = ()
-    """Image modalities mirrored left to right in half of the rows, drawn anew each epoch."""
+    """Image modalities that are mirrored left to right in half of the rows, sampled in every epoch."""
     random_shift: dict[str, PositiveInt] = Field(default={})
-    """Image modalities moved by up to so many pixels in each direction, drawn anew each epoch."""
+    """Image modalities that are shifted by up to this many pixels in each direction, and audio modalities that are shifted in
+    time by up to this many frames, sampled in every epoch."""
     rows: Literal["all", "complete"] = "all"
-    """Training rows: all with what each has, or only those that lack nothing. All test rows are tested on either way."""
+    """Training rows. all: every row, with the modalities it has. complete: rows with all modalities. The test split always has
+    all rows."""
     class_names: tuple[str, ...] | None = None
-    """In the order of the label numbers. None: the names that the sources give."""
+    """Names of the classes, in the order of the label numbers. None: the names in the sources."""
     rows_per_epoch: PositiveInt | None = None
-    """Training rows an epoch takes, drawn anew each time. None: all."""
+    """Training rows per epoch, sampled in every epoch. None: all rows."""
     bad_values: Literal["fail", "absent"] = "fail"
-    """A value that cannot be read ends the run before it begins, or counts as absent, with a warning."""
+    """Treatment of unreadable values. fail: the run stops before training. absent: they count as absent, with a warning."""
     max_vocabulary: PositiveInt = 2000
-    """Words that a text learns at most, the most frequent ones."""
-    memory_mb: PositiveInt = MOST_BYTES >> 20
-    """Decoded values of one modality that take more lie in a file in ``TMPDIR``, and training reads its batches from there."""
+    """Largest vocabulary of a text modality. The most frequent words are kept."""
+    memory_mb: PositiveInt = 4096
+    """Parsed values of one modality above this size are kept in a memory-mapped file in ``TMPDIR``."""
+    cache: Path | None = None
+    """Folder where parsed columns are kept for later runs on the same file. Relative to the working directory.
+    ``CONCORD_CACHE`` overrides it. None: only frozen encoders and their features are kept, in runs/cache."""
+    shards: bool = False
+    """Under torchrun, whether each process reads and parses every n-th row group of the Parquet file of training rows only.
+    Its part of each batch then comes from these rows, so another number of processes trains on other batches. false: each
+    process reads all rows, and the result is that of a single process."""
     sources: tuple[Source, ...] = Field(min_length=1)
 
     @property
-    def most_bytes(self) -> int:
+    def max_bytes(self) -> int:
         """``memory_mb`` in bytes."""
         return self.memory_mb << 20
 
@@ -114,30 +169,45 @@ class Network(_Table):
     """Sizes of encoders and decoders."""
 
     latent: PositiveInt = 32
+    """Dimensions of z, and of the embedding."""
     features: PositiveInt = 256
+    """Outputs of the network that reads one modality."""
     width: PositiveInt = 32
+    """Channels of the first convolution of an image network. Deeper ones have a multiple."""
     hidden: PositiveInt = 512
-    fusion: Fusion = "set"
-    """Of the aligned encoder of ``concord``. set: one network for every subset. product: of an expert for each modality."""
+    """Units of the hidden layers of fully connected networks."""
+    encoders: Literal["deep", "shallow"] = "deep"
+    """Layers of the encoders. deep: numbers, attributes, classes and characters pass two layers, and the fusion has two hidden
+    layers. shallow: one layer and a linear fusion, which overfit less: for features of frozen networks, and for few rows."""
+    fusion: Literal["set", "product"] = "set"
+    """Fusion of the aligned encoder of ``concord``. set: one network for every subset. product: a product of experts."""
 
 
 class Objective(_Table):
+    """The training objective."""
+
     beta: PositiveFloat = 1.0
     """Weight of the KL term of the ELBO."""
+    weights: WeightRule = "size"
+    """Likelihood weights of modalities without ``weight``. size: the largest array size over the size of this modality, where a
+    word or a class counts as the logarithm of the number of choices; a single number then counts as much as all pixels.
+    information: the square root of the same ratio of nats that can be known of a value; images, texts, classes and numbers
+    then count less if they carry less information."""
 
 
 class Stage(_Table):
-    """What every stage of training has."""
+    """Settings that every stage of training has."""
 
     epochs: PositiveInt
+    """Passes over the training rows, or over ``data.rows_per_epoch`` of them. 0 leaves a stage out, where it is allowed."""
     batch_size: PositiveInt = 256
+    """Rows of one optimiser step, in all processes together."""
     learning_rate: PositiveFloat = 1e-3
-    """Highest of the stage: it rises over the first steps and falls to zero along a cosine."""
+    """Peak learning rate: linear warm-up, then cosine decay to zero."""
     weight_decay: float = Field(default=0, ge=0)
-    """Share of every weight lost a step, times the learning rate (Loshchilov & Hutter 2019): for few rows, against learning
-    them by heart."""
+    """Decoupled weight decay (Loshchilov & Hutter 2019). With few rows it reduces overfitting."""
     accumulate: PositiveInt = 1
-    """Passes that a batch is shared between, one after the other, where it does not fit into memory at once."""
+    """Micro-batches per batch and process, computed one after the other, for batches that exceed the memory."""
 
 
 class Joint(Stage):
@@ -147,144 +217,265 @@ class Joint(Stage):
 
 
 class Refiner(Stage):
-    """Stage 2: the refiner of the joint posterior, beside the VAE."""
+    """Stage 2: the refiner of the joint posterior, together with the VAE."""
 
     epochs: PositiveInt = 2
     steps: NonNegativeInt = 4
-    """Refinement steps of every batch, in this stage and in the next. 0: the joint posterior itself teaches, and the decoders
-    learn from two samples of it, as often as they would from both."""
+    """Refinement steps in this stage and of the teacher in the next stage. 0: the teacher is the joint posterior without
+    refinement. The decoders then train on two samples of it, so they get the same number of updates."""
     samples: int = Field(default=2, ge=2, multiple_of=2)
-    """Noise samples a step while training, in antithetic pairs."""
+    """Noise samples per step in training, in antithetic pairs."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the rows of each batch that this stage and ``align`` refine, chosen at random. Below 1, only they train the
+    refiner and the aligned encoder, and all other rows train at their joint posterior. Steps then take less time, and the terms
+    of the loss vary more around the same mean."""
     serving_samples: int = Field(default=4, ge=2, multiple_of=2)
-    """The same in the bundle, where fewer rows can pay for steadier steps."""
+    """Noise samples per step in the bundle, in antithetic pairs. Requests have few rows, so more samples are affordable."""
 
 
 Divergence = Literal["forward", "reverse", "both", "none"]
 
 
+class Contrast(Stage):
+    """Stage 3: contrastive learning of the aligned encoder alone, on rows with at least two modalities.
+
+    ``align`` continues with its weights, and with the same loss if ``align.contrast_weight`` is set. Model ``contrastive`` uses
+    these settings too.
+    """
+
+    epochs: NonNegativeInt = 0
+    batch_size: PositiveInt = 512
+    """As in every stage. All rows of a batch are negatives of each other, so more rows make the task harder."""
+    temperature: PositiveFloat = 0.1
+    """Divides the cosine similarity of embeddings. Lower: nearer rows matter more."""
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the inputs of vectors and attributes, and of the features of every modality, that are dropped in this loss."""
+    prediction: float = Field(default=0.0, ge=0)
+    """Weight of predicting the classes, attributes and numbers of a row from the embedding of each other modality, relative to
+    contrastive learning. It trains the aligned encoder and the decoders of these modalities. Concord only."""
+
+
 class Align(Stage):
-    """Stage 3: the encoder of every subset, taught by the refined posterior, beside both."""
+    """Stage 4: the encoder of every subset, trained on the refined joint posterior, together with VAE and joint encoder."""
 
     epochs: PositiveInt = 5
     reconstruction: float = Field(default=0.2, ge=0)
-    """Weight of reconstructing all modalities from a sample of a random subset's posterior, against the joint ELBO."""
+    """Weight of reconstructing all modalities from the posterior of a random subset, relative to the joint ELBO."""
     reconstruction_teaches: Literal["all", "encoder"] = "all"
-    """all: decoders learn from it too, and blur what a subset leaves open. encoder: only the aligned encoder does, to keep to
-    what the decoders know."""
-    several: float = Field(default=0.1, gt=0)
-    """Weight of aligning a subset of several modalities against a single one. Low, the trunks see what each modality tells
-    alone; high, they see the details that only several together make certain."""
-    pull: float = Field(default=0.1, ge=0)
-    """Weight of KL(q(z | X) || q(z | x_m)) of each single modality, both sides learning, as in JMVAE-kl (Suzuki et al. 2017,
-    equation 6): the joint encoder keeps to what each modality can tell. 0: only the students move."""
+    """Networks that the reconstruction term trains. all: decoders and aligned encoder; samples become more coherent and more
+    blurred. encoder: the aligned encoder only."""
+    multimodal_weight: float = Field(default=0.1, gt=0)
+    """Weight w_S of the alignment of a subset of several modalities; that of a single modality is 1. Low: the encoders learn
+    what each modality says about the class. High: they learn details that only several modalities together determine."""
+    jmvae_weight: float = Field(default=0.1, ge=0)
+    """Weight of the JMVAE term, sum_m KL(q(z | X) || q(z | x_m)) (Suzuki et al. 2017, equation 6). It trains both encoders and
+    keeps the joint posterior close to the unimodal ones. 0: only the aligned encoder is trained."""
     divergence: Divergence = "forward"
-    """forward: KL(teacher || student), which covers all that the teacher allows. reverse: KL(student || teacher), which keeps
-    to where the teacher is sure. both: their mean. none: no teacher; what is drawn to reconstruct learns by its own ELBO, of
-    all modalities, and ``pull`` wants to be 0."""
+    """Alignment of the student (a subset's posterior) with the teacher (the refined joint posterior). forward: KL(teacher ||
+    student), mass-covering. reverse: KL(student || teacher), mode-seeking. both: their mean. none: no teacher; the posterior of
+    a random subset is trained on the ELBO of all modalities. Set ``jmvae_weight`` to 0 with none."""
+    contrast_weight: float = Field(default=0.0, ge=0)
+    """Weight of contrastive learning, on separate batches (``[contrast]``), relative to the alignment. 0: none."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the inputs of vectors and attributes, and of the features of every modality, that the student does not see."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_deprecated_keys(cls, values: Any) -> Any:
+        return rename_keys({"align": values}, "configuration")["align"]
 
     @model_validator(mode="after")
-    def _students_learn(self) -> "Align":
+    def _students_have_a_loss(self) -> "Align":
         if self.divergence == "none" and not self.reconstruction:
-            raise ValueError('divergence = "none" leaves students to reconstruction: give that a weight above 0')
+            raise ValueError('divergence = "none" trains students by reconstruction only: set reconstruction above 0')
         return self
 
 
 class Refresh(Stage):
-    """Stage 4: the refiner alone, from aligned posteriors of all subsets as the service starts, beside networks that have come
-    to rest. Its steps fit the decoders of stage 2, and the more epochs stage 3 takes the less they fit any more."""
+    """Stage 5: the refiner only, with all other networks fixed. It starts from the aligned posteriors of all subsets, as
+    requests do. The refiner of stage 2 was trained with earlier decoders: the longer stage 4, the more stage 5 improves it."""
 
     epochs: NonNegativeInt = 0
     steps: PositiveInt | None = None
-    """Refinement steps of every batch. None: as many as the refiner's."""
+    """Refinement steps of every batch. None: ``refiner.steps``."""
 
 
 class Flow(Stage):
-    """Stage 5: a flow alone, to draw samples through, taught by the refined posterior of all modalities around the posterior of
-    every subset. A Gaussian of few modalities has to choose between covering all that fits and being coherent.
+    """Stage 6: a normalising flow that transforms samples, with all other networks fixed.
+
+    It is trained on samples of the refined joint posterior, conditioned on the posterior of every subset. A Gaussian of few
+    modalities is either broad or coherent. A flow can be both.
     """
 
     epochs: NonNegativeInt = 0
     couplings: PositiveInt = 8
+    """Affine coupling layers."""
     spread: float = Field(default=1.0, gt=0, le=1)
-    """Standard deviation of the noise that samples begin with; it learns with 1. Below, samples are more coherent and less
-    diverse, as with a lower temperature."""
+    """Standard deviation of the base noise at sampling. Training uses 1. Smaller values make samples more coherent and less
+    diverse, like a lower temperature."""
 
 
-Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf"]
+class Validation(_Table):
+    """Early stopping. Off by default: the learning rate decays to zero, so with many rows the last weights are the best."""
+
+    rows: NonNegativeInt = 0
+    """Training rows that are held out of training, the same in every run. After each epoch every stage measures its objective
+    on them, and it ends with the weights of its best epoch. 0: no validation. The statistics of preprocessing include these
+    rows."""
+    patience: PositiveInt | None = None
+    """Epochs without a better objective after which a stage ends early. None: every stage runs all its epochs."""
+
+    @model_validator(mode="after")
+    def _patience_needs_rows(self) -> "Validation":
+        if self.patience is not None and not self.rows:
+            raise ValueError("patience needs held-out rows: set validation.rows, for example to a tenth of the training rows")
+        return self
+
+
+STAGES = ("joint", "refiner", "contrast", "align", "refresh", "flow")
+"""Tables of the configuration, in the order of training."""
+Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf", "contrastive"]
+DEFAULT_MODEL: Model = "concord"
 
 
 class Config(_Table):
-    """A whole run."""
+    """A complete run."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    """Name of the model: lower-case letters, digits, - and _."""
     version: str = Field(default="1", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")
-    model: Model = "concord"
-    """Ours, or a rival on the same terms (``baselines``)."""
+    """Version of the bundle: letters, digits, ., - and _."""
+    model: Model = DEFAULT_MODEL
+    """Concord, or a baseline with the same networks, likelihoods, beta, epochs and seed."""
     seed: NonNegativeInt = 0
+    """Seed of all random numbers of training."""
     threads: PositiveInt | None = None
-    """Of PyTorch. None: as many as the process may use cores. Other numbers of threads round otherwise."""
+    """Threads of PyTorch. None: the environment variable ``OMP_NUM_THREADS``, or else the number of available cores. Another
+    number of threads changes rounding."""
+    device: str = Field(default="auto", pattern=DEVICES)
+    """auto, cpu, cuda, cuda:N or mps. auto: the first GPU if PyTorch finds one, else the CPU. ``--device`` overrides it. A run
+    may continue on another device; the numbers then differ by rounding."""
     precision: Literal["bfloat16", "float32"] = "float32"
-    modalities: tuple[Modality, ...] = Field(min_length=2, max_length=8)
+    """Number format of matrix products and convolutions. Weights and sums are always float32. bfloat16 has no effect on a
+    device that would emulate it."""
+    modalities: tuple[Modality, ...] = Field(min_length=2, max_length=MAX_MODALITIES)
     data: Data
     network: Network = Network()
     objective: Objective = Objective()
     joint: Joint = Joint()
     refiner: Refiner = Refiner()
+    contrast: Contrast = Contrast()
     align: Align = Align()
     refresh: Refresh = Refresh()
     flow: Flow = Flow()
+    validation: Validation = Validation()
+
+    def override(
+        self,
+        *,
+        seed: int | None = None,
+        epochs: int | None = None,
+        rows_per_epoch: int | None = None,
+        device: str | None = None,
+    ) -> "Config":
+        """Return the configuration with some values replaced, as if they were in the file.
+
+        Args:
+            seed: replaces ``seed``.
+            epochs: replaces ``epochs`` in every stage that the configuration does not leave out.
+            rows_per_epoch: replaces ``data.rows_per_epoch``.
+            device: replaces ``device``.
+        """
+        changes: dict[str, Any] = {} if seed is None else {"seed": seed}
+        if device is not None:
+            changes["device"] = device
+        if rows_per_epoch is not None:
+            changes["data"] = self.data.model_copy(update={"rows_per_epoch": rows_per_epoch})
+        if epochs is not None:
+            stages: dict[str, Stage] = {name: getattr(self, name) for name in STAGES}
+            changes |= {name: stage.model_copy(update={"epochs": epochs}) for name, stage in stages.items() if stage.epochs}
+        return self.model_copy(update=changes)
 
     @property
     def epochs(self) -> int:
-        """Of the stages that encoders and decoders learn in."""
+        """Epochs of the stages that train encoders and decoders."""
         return self.joint.epochs + self.refiner.epochs + self.align.epochs
 
     @property
     def horizon(self) -> int:
-        """Refinement steps that the refiner was taught last, 0 where it never was."""
-        again = self.refresh.steps if self.refresh.epochs else None
-        return (again or self.refiner.steps) if self.refiner.steps else 0
+        """Refinement steps of the last stage that trains the refiner, 0 if no stage does."""
+        refresh_steps = self.refresh.steps if self.refresh.epochs else None
+        return (refresh_steps or self.refiner.steps) if self.refiner.steps else 0
 
     @property
     def thread_count(self) -> int:
-        """``threads``, counted."""
-        return self.threads or len(os.sched_getaffinity(0))
+        """Threads of a single process, see ``threads_per_process``."""
+        return self.threads_per_process(1)
+
+    def threads_per_process(self, processes: int) -> int:
+        """Return ``threads``, or else ``OMP_NUM_THREADS``, or else an equal share of the available cores.
+
+        Args:
+            processes: that train on this machine together.
+        """
+        return self.threads or _environment_threads(processes) or max(1, len(os.sched_getaffinity(0)) // processes)
 
     @property
     def sha256(self) -> str:
-        """Of all that is not the default: two files that mean the same have the same hash, and an option that came later, and
-        is not used, changes none. The bundle's version trains nothing, and what only ours has is not in a rival's."""
-        content = self.model_dump(mode="json", exclude_defaults=True, exclude={"version"})
-        if self.model != "concord":
-            for own in ("refresh", "flow"):
-                content.pop(own, None)
+        """Hash of the settings that differ from their defaults and influence training.
+
+        Files with the same meaning have the same hash, and a new option does not change the hash of files without it.
+        ``version`` names the bundle only, and a run may continue on another ``device`` or with other micro-batches
+        (``accumulate``). Settings of Concord only are left out for baselines.
+        """
+        content = self.model_dump(
+            mode="json", exclude_defaults=True, exclude={"version": True, "device": True, "data": {"cache"}}
+        )
+        for stage in STAGES:
+            content.get(stage, {}).pop("accumulate", None)
+            if stage in content and not content[stage]:
+                del content[stage]
+        if self.model != DEFAULT_MODEL:
+            for unused in {"contrast", "refresh", "flow"} - ({"contrast"} if self.model == "contrastive" else set()):
+                content.pop(unused, None)
             for stage in {"refiner", "align"} & content.keys():
                 shared = {name: value for name, value in content.pop(stage).items() if name in Stage.model_fields}
                 content |= {stage: shared} if shared else {}
+        # Hashed under the deprecated names: folders of runs and results files from before the renaming stay valid.
+        for table, keys in RENAMED_KEYS.items():
+            deprecated = {new: old for old, new in keys.items()}
+            if table in content:
+                content[table] = {deprecated.get(key, key): value for key, value in content[table].items()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="after")
-    def _parts_agree(self) -> "Config":
+    def _tables_agree(self) -> "Config":
         names = [m.name for m in self.modalities]
         if len(set(names)) != len(names):
-            raise ValueError(f"[[modalities]] names one twice: {names}")
-        fed = Counter(name for source in self.data.sources for name in source.columns)
-        if unknown := set(fed) - set(names):
+            raise ValueError(f"[[modalities]] has a duplicate name: {names}")
+        columns = Counter(name for source in self.data.sources for name in source.columns)
+        if unknown := set(columns) - set(names):
             raise ValueError(f"[[data.sources]] columns name {sorted(unknown)}, the modalities are {names}")
-        if wrong := [name for name in names if fed[name] != 1]:
-            counts = ", ".join(f"{name} has {fed[name]}" for name in wrong)
+        if wrong := [name for name in names if columns[name] != 1]:
+            counts = ", ".join(f"{name} has {columns[name]}" for name in wrong)
             raise ValueError(f"each modality needs exactly one column among [[data.sources]]: {counts}")
         texts = [m.name for m in self.modalities if isinstance(m, TextModality)]
         if wrong := [name for name in self.data.random_offset if name not in texts]:
             raise ValueError(f"data.random_offset names {wrong}, the text modalities are {texts}")
         images = [m.name for m in self.modalities if isinstance(m, ImageModality)]
-        for key in ("random_flip", "random_shift"):
-            if wrong := [name for name in getattr(self.data, key) if name not in images]:
-                raise ValueError(f"data.{key} names {wrong}, the image modalities are {images}")
+        audio = [m.name for m in self.modalities if isinstance(m, AudioModality)]
+        for key, title, allowed in (("random_flip", "image", images), ("random_shift", "image and audio", images + audio)):
+            if wrong := [name for name in getattr(self.data, key) if name not in allowed]:
+                raise ValueError(f"data.{key} names {wrong}, the {title} modalities are {allowed}")
         if self.data.pairing == "row" and len(self.data.sources) > 1:
             raise ValueError(
                 f'data.pairing = "row" takes the rows of one source, received {len(self.data.sources)}: '
                 'join them into one file, or pair by "class"'
+            )
+        if self.data.shards and (self.data.pairing == "class" or self.contrast.epochs or self.align.contrast_weight):
+            raise ValueError(
+                'data.shards = true takes pairing = "row" and no contrastive learning, which compares all rows of a batch: set '
+                "shards = false, or contrast.epochs and align.contrast_weight to 0"
             )
         if self.data.pairing == "class" and any(source.label is None for source in self.data.sources):
             raise ValueError('data.pairing = "class" needs a label column in every [[data.sources]]')

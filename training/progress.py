@@ -1,4 +1,4 @@
-"""What a person sees of long work: a bar in a terminal, plain lines elsewhere."""
+"""Progress of long operations: a bar in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -6,51 +6,61 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
-LINE_SECONDS = 10.0
+from concord.training.forecast import duration
 
-Advance = Callable[[int, Mapping[str, float]], None]
+LINE_SECONDS = 10.0
+"""Least time between two plain lines."""
+
+Figures = Mapping[str, float | str]
+Advance = Callable[[int, Figures], None]
+"""Called with the number of steps done and figures to show. Without figures, a plain line shows the time that is left."""
 
 
 class Progress:
-    """Reports to standard error, so that results can be piped.
+    """Prints to standard error, so that results on standard output can be piped.
 
     Args:
-        quiet: say nothing.
+        quiet: print nothing.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, table: Table) -> None:
-        """A table."""
+        """Print a table."""
         self._console.print(table)
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """Follow ``total`` steps, of which ``done`` are already taken. Yields a function of the steps taken and the figures."""
+        """Show the progress of ``total`` steps, ``done`` of which are complete. Yields the function that reports progress."""
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            with Bars(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self._console) as bars:
+            figures_column = TextColumn("{task.fields[figures]}")
+            with ProgressBars(*columns, TimeRemainingColumn(), figures_column, console=self._console) as bars:
                 task = bars.add_task(name, total=total, completed=done, figures="")
-                yield lambda step, figures: bars.update(task, completed=step, figures=_words(figures))
+                yield lambda step, figures: bars.update(task, completed=step, figures=_format(figures))
             return
-        last = -LINE_SECONDS
+        self.say(f"{name}: step {done} of {total}")
+        began = last = time.monotonic()
+        is_first = True
 
-        def line(step: int, figures: Mapping[str, float]) -> None:
-            nonlocal last
-            if step == total or time.monotonic() - last >= LINE_SECONDS:
-                last = time.monotonic()
-                self.say(f"{name}: step {step} of {total}  {_words(figures)}")
+        def print_line(step: int, figures: Figures) -> None:
+            nonlocal last, is_first
+            if is_first or step == total or time.monotonic() - last >= LINE_SECONDS:
+                last, is_first = time.monotonic(), False
+                if not figures and done < step < total:
+                    figures = {"left": duration((last - began) / (step - done) * (total - step))}
+                self.say(f"{name}: step {step} of {total}  {_format(figures)}")
 
-        yield line
+        yield print_line
 
 
-def _words(figures: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+def _format(figures: Figures) -> str:
+    return "  ".join(f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in figures.items())

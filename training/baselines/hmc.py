@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011) for densities that can be evaluated and not sampled."""
+"""Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011) for densities that are known up to a constant factor."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LEAPFROGS = 5
-RISE, FALL = 1.1, 0.8  # of the step size after an accepted and a refused move: in balance at 70 % accepted
+LEAPFROG_STEPS = 5
+INCREASE, DECREASE = 1.1, 0.8
+"""Factors of the step size after an accepted and after a rejected proposal. They balance at 70 % accepted."""
 
 
 def hamiltonian(
@@ -18,34 +19,38 @@ def hamiltonian(
     steps: int,
     step_size: float = 0.1,
 ) -> Float[Tensor, "batch sample latent"]:
-    """One independent chain for every sample; its state after ``steps`` moves.
+    """Return the state of independent chains, one for each sample.
 
     Args:
         log_density: unnormalised, (batch, sample, latent) -> (batch, sample).
-        z: where the chains start.
-        step_size: at the start; every chain adapts its own in the first half of its moves.
+        z: initial states.
+        generator: of momenta and acceptance.
+        steps: number of proposals.
+        step_size: initial leapfrog step size. Each chain adapts its step size in the first half of its proposals.
     """
-    size = torch.full((*z.shape[:2], 1), step_size)
-    value, slope = _slope(log_density, z)
+    size = torch.full_like(z[..., :1], step_size)
+    value, gradient = _value_and_gradient(log_density, z)
     for step in range(steps):
-        momentum = torch.randn(z.shape, generator=generator)
-        moved, ahead, onward = z, momentum + size / 2 * slope, slope
-        for leap in range(LEAPFROGS):
-            moved = moved + size * ahead
-            there, onward = _slope(log_density, moved)
-            ahead = ahead + (size if leap < LEAPFROGS - 1 else size / 2) * onward
-        change = there - value + 0.5 * (momentum.square() - ahead.square()).sum(-1)
-        accepted = torch.rand(change.shape, generator=generator).log() < change  # false where a diverged path gives NaN
-        z, slope = (torch.where(accepted.unsqueeze(-1), new, old) for new, old in ((moved, z), (onward, slope)))
-        value = torch.where(accepted, there, value)
+        initial_momentum = torch.randn(z.shape, generator=generator).to(z.device)
+        proposal, momentum, new_gradient = z, initial_momentum + size / 2 * gradient, gradient
+        for leap in range(LEAPFROG_STEPS):
+            proposal = proposal + size * momentum
+            new_value, new_gradient = _value_and_gradient(log_density, proposal)
+            momentum = momentum + (size if leap < LEAPFROG_STEPS - 1 else size / 2) * new_gradient
+        change = new_value - value + 0.5 * (initial_momentum.square() - momentum.square()).sum(-1)
+        accepted = (
+            torch.rand(change.shape, generator=generator).to(z.device).log() < change
+        )  # False for NaN, of a path that diverged
+        z, gradient = (torch.where(accepted.unsqueeze(-1), new, old) for new, old in ((proposal, z), (new_gradient, gradient)))
+        value = torch.where(accepted, new_value, value)
         if step < steps // 2:
-            size = size * torch.where(accepted, RISE, FALL).unsqueeze(-1)
+            size = size * torch.where(accepted, INCREASE, DECREASE).unsqueeze(-1)
     return z
 
 
-def _slope(log_density: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+def _value_and_gradient(log_density: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         value = log_density(leaf)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), slope
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), gradient

@@ -1,4 +1,4 @@
-"""JMVAE-kl (Suzuki et al. 2017): a joint encoder, and experts drawn to it by KL(q(z | X) || q(z | x_m))."""
+"""JMVAE-kl (Suzuki et al. 2017): a joint encoder, and experts aligned with it by KL(q(z | X) || q(z | x_m))."""
 
 from collections.abc import Sequence
 
@@ -6,40 +6,50 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from model.modality import Modality
-from model.vae.gaussian import Gaussian, kl, standard_like
-from model.vae.generative import Arrays
-from model.vae.posterior import SetEncoder
-from model.vae.product import product
-from training.baselines.rival import ExpertRival
-from training.data import Batch
-from training.posteriors import GaussianPosterior, Posterior
+from concord.model.modality import Modality
+from concord.model.vae.gaussian import Gaussian, kl, standard_like
+from concord.model.vae.generative import Arrays
+from concord.model.vae.posterior import SetEncoder
+from concord.model.vae.product_of_experts import product
+from concord.training.baselines.baseline import ExpertBaseline
+from concord.training.data.dataset import Batch
+from concord.training.posteriors import GaussianPosterior, Posterior
 
-ALPHA = 0.1  # weight of the experts' KL against the ELBO's
+ALPHA = 0.1
+"""Weight of the KL to the experts, relative to the KL of the ELBO."""
 
 
-class JMVAE(ExpertRival):
-    """Trained on the ELBO of the joint encoder - alpha beta sum_m KL(q(z | X) || q(z | x_m)) (their equation 6), both sides
-    learning.
+class JMVAE(ExpertBaseline):
+    """Trained on the ELBO of the joint encoder - alpha beta sum_m KL(q(z | X) || q(z | x_m)) (their equation 6). The KL trains
+    joint encoder and experts.
 
-    The paper has two modalities, thus complete rows or single ones. What lies between is the product of experts with the spare
-    priors divided out, as Senellart et al. (2023) extend it.
+    The paper has two modalities: rows are complete or have one modality. Any other subset has the product of its experts
+    divided by the surplus priors, the extension of Senellart et al. (2023).
     """
 
     def __init__(
-        self, modalities: Sequence[Modality], *, latent: int, features: int, hidden: int, width: int, beta: float
+        self,
+        modalities: Sequence[Modality],
+        *,
+        latent: int,
+        features: int,
+        hidden: int,
+        width: int,
+        beta: float,
+        shallow: bool = False,
     ) -> None:
-        super().__init__(modalities, latent=latent, features=features, hidden=hidden, width=width, beta=beta)
-        self.joint = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width)
+        super().__init__(modalities, latent=latent, features=features, hidden=hidden, width=width, beta=beta, shallow=shallow)
+        self.joint = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width, shallow=shallow)
 
     def posteriors(self, arrays: Arrays, masks: Sequence[Bool[Tensor, "batch modality"]]) -> list[Posterior]:
         experts, features = self.experts(arrays), self.joint.features(arrays)
-        found: list[Posterior] = []
-        for seen in masks:
-            complete = seen.all(1, keepdim=True)
-            pairs = zip(self.joint.fuse(features, seen), product(experts, seen, "divided"), strict=True)
-            found.append(GaussianPosterior(Gaussian(*(torch.where(complete, joint, other) for joint, other in pairs))))
-        return found
+        posteriors: list[Posterior] = []
+        for mask in masks:
+            complete = mask.all(1, keepdim=True)
+            pairs = zip(self.joint.fuse(features, mask), product(experts, mask, "divided"), strict=True)
+            q = Gaussian(*(torch.where(complete, of_joint, of_product) for of_joint, of_product in pairs))
+            posteriors.append(GaussianPosterior(q))
+        return posteriors
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         q = self.joint(batch.arrays, batch.present)

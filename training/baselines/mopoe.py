@@ -1,4 +1,4 @@
-"""MoPoE (Sutter et al. 2021): q(z | x_S) is the mixture, in equal shares, of the products of experts of all subsets of S."""
+"""MoPoE (Sutter et al. 2021): q(z | x_S) is the mixture, with equal weights, of the products of experts of all subsets of S."""
 
 from collections.abc import Sequence
 
@@ -6,35 +6,36 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from model.vae.gaussian import Gaussian, kl, standard_like
-from model.vae.generative import Arrays
-from model.vae.product import product
-from training.baselines.rival import ExpertRival
-from training.data import Batch
-from training.objectives import every_subset
-from training.posteriors import MixturePosterior, Posterior
+from concord.model.vae.gaussian import Gaussian, kl, standard_like
+from concord.model.vae.generative import Arrays
+from concord.model.vae.product_of_experts import product
+from concord.training.baselines.baseline import ExpertBaseline
+from concord.training.data.dataset import Batch
+from concord.training.objectives import every_subset
+from concord.training.posteriors import MixturePosterior, Posterior
 
 
-class MoPoE(ExpertRival):
-    """Trained on their lower bound of the ELBO (lemma 1 and equation 9): one sample of the mixture, and the mean of the
-    components' KL to the prior, which is no less than that of the mixture. Products are without the prior (their equation 10).
+class MoPoE(ExpertBaseline):
+    """Trained on the lower bound of the ELBO in the paper (lemma 1 and equation 9): one sample of the mixture, and the mean KL
+    of its components to the prior, an upper bound of the mixture's KL. Products exclude the prior (equation 10).
     """
 
     def posteriors(self, arrays: Arrays, masks: Sequence[Bool[Tensor, "batch modality"]]) -> list[Posterior]:
         experts = self.experts(arrays)
-        return [self._mixture(experts, seen) for seen in masks]
+        return [self._mixture(experts, mask) for mask in masks]
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         mixture = self._mixture(self.experts(batch.arrays), batch.present)
-        evidence = self.evidences(batch.arrays, batch.present, mixture.sample(1, generator))[:, 0]
+        z = mixture.sample(1, generator)
+        reconstruction = self.weighted_log_likelihood(batch.arrays, batch.present, z)[:, 0]
         divergences = kl(mixture.components, standard_like(mixture.components))
-        divergence = torch.where(mixture.among, divergences, 0.0).sum(0) / mixture.among.sum(0)
-        elbo = evidence - self.beta * divergence
+        divergence = torch.where(mixture.active, divergences, 0.0).sum(0) / mixture.active.sum(0)
+        elbo = reconstruction - self.beta * divergence
         return -elbo.mean(), {"elbo": elbo.mean()}
 
-    def _mixture(self, experts: Gaussian, seen: Bool[Tensor, "batch modality"]) -> MixturePosterior:
-        subsets = every_subset(len(self.modalities))
-        products = [product(experts, subset.expand(seen.shape), "outside") for subset in subsets]
+    def _mixture(self, experts: Gaussian, present: Bool[Tensor, "batch modality"]) -> MixturePosterior:
+        subsets = every_subset(len(self.modalities)).to(present.device)
+        products = [product(experts, subset.expand(present.shape), "outside") for subset in subsets]
         components = Gaussian(torch.stack([q.mean for q in products]), torch.stack([q.log_var for q in products]))
-        among = (seen | ~subsets.unsqueeze(1)).all(-1)  # a component needs all of its own modalities
-        return MixturePosterior(components, among)
+        active = (present | ~subsets.unsqueeze(1)).all(-1)  # the components whose modalities are all present
+        return MixturePosterior(components, active)

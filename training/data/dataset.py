@@ -1,0 +1,433 @@
+"""Batches of rows with missing modalities, paired by row or by class."""
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from numpy.typing import NDArray
+from torch import Tensor
+
+from concord.model.bundle.manifest import DataSource
+from concord.model.codec import check_installed
+from concord.model.encoder import EncoderFiles
+from concord.model.modality import ImageModality, Modality
+from concord.training.config import Config, Data
+from concord.training.data.augmentation import augment, sample_variations
+from concord.training.data.columns import Column, absence
+from concord.training.data.preprocessing import fit_preprocessing
+from concord.training.data.sources import UNKNOWN, Shard, Split, Table, open_table, read_table
+from concord.training.distributed import ProcessGroup
+from concord.training.encoders.features import DEFAULT_CACHE, open_features
+from concord.training.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as network inputs."""
+
+    arrays: dict[str, Shaped[Tensor, "batch ..."]]
+    """By modality, (batch, *modality.shape): images and spectrograms float32 in [0, 1], texts int64; zeros where absent."""
+    present: Bool[Tensor, "batch modality"]
+    """Which modalities each row has, in the order of the configuration. Every row has at least one."""
+    labels: Int64[Tensor, " batch"] | None
+    """Class numbers, -1 where unknown. None: the data has no labels."""
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the rows on a device. The copy to a GPU is asynchronous, from pinned memory."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        arrays = {name: move(array) for name, array in self.arrays.items()}
+        return Batch(arrays, move(self.present), None if self.labels is None else move(self.labels))
+
+    def take(self, rows: slice | Tensor) -> "Batch":
+        """Return some of the rows: a slice, a boolean mask or row indices."""
+        arrays = {name: array[rows] for name, array in self.arrays.items()}
+        return Batch(arrays, self.present[rows], None if self.labels is None else self.labels[rows])
+
+
+@dataclass(frozen=True)
+class DatasetShard:
+    """The place of a data set among those of all processes."""
+
+    rank: int
+    size: int
+    smallest: int
+    """Fewest rows of a process. Every process takes this number of rows in each epoch."""
+
+
+class Dataset:
+    """The parsed rows of one split. ``load`` creates it.
+
+    Attributes:
+        modalities: the configured modalities, completed by ``fit_preprocessing``.
+        class_names: in the order of the label numbers. None: the classes have no names.
+        sources: file, hash, row count and licence of each source.
+        columns: parsed values by modality.
+        empty_rows: row numbers without any modality, by file.
+        notes: what the user should know of how the sources were read.
+        encoders: files of the frozen encoders.
+        device: of the batches, see ``to``.
+        fitted: result of ``fit_preprocessing``.
+        shard: set if these rows are those of one of several processes. A batch is then this process's part of a batch.
+    """
+
+    def __init__(self, tables: Sequence[Table], modalities: Sequence[Modality], data: Data, rows_per_epoch: int | None) -> None:
+        self.modalities = tuple(modalities)
+        self.class_names = tables[0].class_names
+        self.sources: list[DataSource] = [table.source for table in tables]
+        self.empty_rows = {table.source.file: table.empty_rows for table in tables}
+        self.notes = [note for table in tables for note in table.notes]
+        self._tables = tables
+        self._rows = np.arange(len(tables[0]))
+        self.device = torch.device("cpu")
+        self.encoders: tuple[EncoderFiles, ...] = ()
+        self.shard: DatasetShard | None = None
+        self.fitted: tuple[dict[str, Modality], tuple[str, ...] | None] = ({m.name: m for m in modalities}, None)
+        self._rows_per_epoch = rows_per_epoch
+        self._table_index = {name: index for index, table in enumerate(tables) for name in table.columns}
+        self.columns = {name: column for table in tables for name, column in table.columns.items()}
+        self._class_pairings = [_ClassPairing(tables[0], table) for table in tables[1:]] if data.pairing == "class" else []
+        self._padding = {name: _trailing_padding(self.columns[name].values) for name in data.random_offset}
+        self._augmented = {
+            m.name: (m.name in data.random_flip, data.random_shift.get(m.name, 0), isinstance(m, ImageModality))
+            for m in self.modalities
+            if m.name in data.random_flip or m.name in data.random_shift
+        }
+        self._multiple_texts = [m.name for m in self.modalities if self.columns[m.name].starts is not None]
+        if rows_per_epoch is not None and rows_per_epoch > len(self):
+            raise DataError(
+                f"{self.sources[0].file}: data.rows_per_epoch is {rows_per_epoch}, but the file has {len(self)} rows. "
+                f"Set it to at most {len(self)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def to(self, device: torch.device) -> "Dataset":
+        """Return a data set of the same rows whose batches are on a device."""
+        moved = copy(self)
+        moved.device = device
+        return moved
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether at least one row has a known class."""
+        labels = self._tables[0].labels
+        return labels is not None and bool((labels != UNKNOWN).any())
+
+    def steps_per_epoch(self, batch_size: int, *, shuffle: bool = True) -> int:
+        """Return the number of batches of one epoch.
+
+        Training (``shuffle``) drops a smaller last batch unless it is the only one.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, received {batch_size}")
+        rows = min(self._rows_per_epoch or len(self), len(self)) if shuffle else len(self)
+        if shuffle and self.shard:
+            rows, batch_size = min(rows, self.shard.smallest), batch_size // self.shard.size
+        return max(1, rows // batch_size) if shuffle else -(-rows // batch_size)
+
+    def batches(self, epoch: int, batch_size: int, seed: int, start: int = 0, *, shuffle: bool = True) -> Iterator[Batch]:
+        """Iterate over the batches of one epoch, from step ``start`` on.
+
+        A pure function of its arguments: step k gives the same batch whether or not earlier steps were read. A resumed run
+        therefore continues exactly. Each epoch samples the order, the partner rows, the offsets of texts, one of the texts of a
+        row, and the augmentation of images and spectrograms. Without ``shuffle``, rows take their first text and nothing is
+        augmented.
+
+        Args:
+            epoch, seed: 0 and above.
+            start: first step. At or past the end, no batch is returned.
+            shuffle: True (training): rows in random order, at most ``rows_per_epoch``. False: every row once, in file order.
+        """
+        steps = self.steps_per_epoch(batch_size, shuffle=shuffle)
+        rows = self._rows
+        if shuffle:
+            rows = _generator(seed, epoch, 0).permutation(rows)[: self._rows_per_epoch]
+        if shuffle and self.shard:
+            rows, batch_size = rows[: self.shard.smallest], batch_size // self.shard.size
+        table_rows = self._pair(rows, epoch, seed)
+        indices = {name: table_rows[table] for name, table in self._table_index.items()}  # into the values of each modality
+        for stream, name in enumerate(self._multiple_texts, start=len(table_rows) + len(self._padding)):
+            starts, generator = self._starts(name), _generator(seed, epoch, stream)
+            begin, end = starts[indices[name]], starts[indices[name] + 1]
+            indices[name] = generator.integers(begin, end) if shuffle else begin
+        offsets = {}
+        for stream, (name, padding) in enumerate(self._padding.items(), start=len(table_rows)):
+            offsets[name] = _generator(seed, epoch, stream).integers(0, padding[indices[name]] + 1)
+        variations = {}
+        first = len(table_rows) + len(self._padding) + len(self._multiple_texts)
+        for stream, (name, (flip, shift, vertical)) in enumerate(self._augmented.items() if shuffle else (), start=first):
+            generator = _generator(seed, epoch, stream)
+            variations[name] = sample_variations(len(rows), generator, flip=flip, shift=shift, vertical=vertical)
+        for step in range(start, steps):
+            part = slice(step * batch_size, (step + 1) * batch_size)
+            batch = self._batch(
+                [rows[part] for rows in table_rows],
+                {name: index[part] for name, index in indices.items()},
+                {name: offset[part] for name, offset in offsets.items()},
+                {name: variation[part] for name, variation in variations.items()},
+            )
+            yield batch.to(self.device)
+
+    def hold_out(self, count: int) -> tuple["Dataset", "Dataset"]:
+        """Return views of all but ``count`` rows, and of these rows. The random choice is the same in every run.
+
+        With shards, each process holds out its part of them. With pairing by class, the same share of each class of the other
+        tables is held out, and at least one row. A class with a single row is in both views.
+
+        Raises:
+            ConfigError: fewer than ``count`` rows would be left.
+        """
+        size = self.shard.size if self.shard else 1
+        count = -(-count // size)
+        if 2 * count > (self.shard.smallest if self.shard else len(self)):
+            raise ConfigError(
+                f"validation.rows is {count * size}, but there are {self.sources[0].rows} training rows. Hold out at most half"
+            )
+        order = np.random.default_rng(0).permutation(len(self))
+        kept, held_out = copy(self), copy(self)
+        kept._rows, held_out._rows = self._rows[np.sort(order[count:])], self._rows[np.sort(order[:count])]
+        if self.shard:
+            kept.shard = replace(self.shard, smallest=self.shard.smallest - count)
+        splits = [pairing.split(count / len(self)) for pairing in self._class_pairings]
+        kept._class_pairings, held_out._class_pairings = [one for one, _ in splits], [other for _, other in splits]
+        return kept, held_out
+
+    def with_pairs(self) -> "Dataset":
+        """Return a view of the rows that have at least two modalities.
+
+        With pairing by class it has all rows: their partners, and so their modalities, differ from epoch to epoch.
+        """
+        if self._class_pairings:
+            return self
+        view = copy(self)
+        present = np.stack([column.present[self._rows] for column in self.columns.values()])
+        view._rows = self._rows[present.sum(axis=0) > 1]
+        return view
+
+    def subsets(self) -> dict[tuple[str, ...], int]:
+        """Return the number of rows with each subset of modalities, the most frequent subset first.
+
+        With pairing by class, the partner rows are those of evaluation (epoch 0, seed 0).
+        """
+        names = [m.name for m in self.modalities]
+        table_rows = self._pair(self._rows, 0, 0)
+        present = np.stack([self.columns[name].present[table_rows[self._table_index[name]]] for name in names], axis=1)
+        masks, counts = np.unique(present, axis=0, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return {
+            tuple(name for name, bit in zip(names, mask, strict=True) if bit): count
+            for mask, count in zip(masks[order].tolist(), counts[order].tolist(), strict=True)
+        }
+
+    def _pair(self, rows: NDArray[np.int64], epoch: int, seed: int) -> list[NDArray[np.int64]]:
+        """Return, for each table, the row that is paired with each of the given rows of the first table."""
+        pairings = enumerate(self._class_pairings, start=1)
+        return [rows, *(pairing.sample(rows, _generator(seed, epoch, stream)) for stream, pairing in pairings)]
+
+    def _starts(self, name: str) -> NDArray[np.int64]:
+        starts = self.columns[name].starts
+        assert starts is not None
+        return starts
+
+    def _batch(
+        self,
+        table_rows: list[NDArray[np.int64]],
+        indices: dict[str, NDArray[np.int64]],
+        offsets: dict[str, NDArray[np.int64]],
+        variations: dict[str, NDArray[np.int64]],
+    ) -> Batch:
+        arrays, masks = {}, []
+        for modality in self.modalities:
+            column = self.columns[modality.name]
+            values = column.values[indices[modality.name]]
+            present = column.present[table_rows[self._table_index[modality.name]]]
+            if modality.name in offsets:
+                values = _shift(values, offsets[modality.name])
+            if modality.name in variations:
+                values[present] = augment(values[present], variations[modality.name][present])
+            if values.dtype == np.uint8:  # NumPy, because torch would start its thread pool for a millisecond of work
+                values = np.divide(values, np.float32(255), dtype=np.float32)
+            arrays[modality.name] = torch.from_numpy(values)
+            masks.append(torch.from_numpy(present))
+        labels = self._tables[0].labels
+        return Batch(arrays, torch.stack(masks, dim=1), None if labels is None else torch.from_numpy(labels[table_rows[0]]))
+
+
+def load(config: Config, split: Split, folder: Path | None = None, training: Dataset | None = None) -> Dataset:
+    """Read one split of the configured sources.
+
+    Args:
+        folder: base folder of relative paths. None: the environment variable ``CONCORD_DATA``, or else the configuration's.
+        training: the training rows, whose statistics are used. None: they are computed.
+
+    Raises:
+        DataError: the rows cannot be used for training, see ``sources.read_table``; or a package that a modality needs is not
+            installed.
+    """
+    folder, cache = _folders(config, folder)
+    data, encoders = config.data, open_features(config, cache or DEFAULT_CACHE)
+    modalities, class_names = fitted = training.fitted if training else fit_preprocessing(config, folder, encoders)
+    tables = [
+        read_table(source, split, modalities, folder, class_names, data.bad_values, data.rows, data.max_bytes, cache, encoders)
+        for source in data.sources
+    ]
+    loaded = Dataset(tables, list(modalities.values()), data, data.rows_per_epoch if split == "train" else None)
+    loaded.encoders = tuple({features.files.name: features.files for features in encoders.values()}.values())
+    loaded.notes += [note for features in encoders.values() for note in features.notes]
+    loaded.fitted = fitted
+    if split == "train":
+        _require_pairs(loaded, loaded.subsets())
+    return loaded
+
+
+def _folders(config: Config, folder: Path | None) -> tuple[Path, Path | None]:
+    """Return the base folder of relative paths, and the folder of the cache. Check that the packages of audio are installed."""
+    try:
+        check_installed(config.modalities)
+    except ImportError as error:
+        raise DataError(str(error)) from error
+    cache = Path(os.environ["CONCORD_CACHE"]) if os.environ.get("CONCORD_CACHE") else config.data.cache
+    return folder or Path(os.environ.get("CONCORD_DATA") or config.data.folder), cache
+
+
+def load_shard(config: Config, folder: Path | None, group: ProcessGroup) -> Dataset:
+    """Read the training rows of one of several processes, see ``Data.shards``. All processes call this at the same time.
+
+    Only rank zero reads what concerns all rows: the statistics of preprocessing, and the hash of the file.
+
+    Raises:
+        DataError: in every process, if one of them cannot use its rows.
+    """
+    folder, cache = _folders(config, folder)
+    data, source = config.data, config.data.sources[0]
+
+    def prepare() -> tuple[tuple[dict[str, Modality], tuple[str, ...] | None], str | None]:
+        encoders = open_features(config, cache or DEFAULT_CACHE)
+        return fit_preprocessing(config, folder, encoders), open_table(source.train, folder).sha256()
+
+    (modalities, class_names), digest = group.from_rank_zero(prepare)
+    encoders = open_features(config, cache or DEFAULT_CACHE)  # with the features that rank zero has computed
+    shard = Shard(group.rank, group.size, digest)
+    loaded: list[Dataset] = []
+
+    def read() -> tuple[int, set[tuple[str, ...]]]:
+        table = read_table(
+            source, "train", modalities, folder, class_names, data.bad_values, data.rows, data.max_bytes, cache, encoders, shard
+        )
+        own = Dataset(
+            [table], list(modalities.values()), data, data.rows_per_epoch and max(1, data.rows_per_epoch // group.size)
+        )
+        loaded.append(own)
+        return len(own), set(own.subsets())
+
+    sizes, subsets = zip(*group.gather_results(read), strict=True)
+    (own,) = loaded
+    _require_pairs(own, set().union(*subsets))
+    own.shard = DatasetShard(group.rank, group.size, min(sizes))
+    own.sources = [own.sources[0].model_copy(update={"rows": sum(sizes)})]
+    return own
+
+
+def _require_pairs(data: Dataset, subsets: Collection[tuple[str, ...]]) -> None:
+    """Raise DataError unless every modality occurs in one of the rows' subsets and some have at least two modalities."""
+    file = data.sources[0].file
+    absent = [m.name for m in data.modalities if not any(m.name in subset for subset in subsets)]
+    if absent:
+        reasons = ". ".join(f"no training row has {name}; {_absence(data.columns[name])}" for name in absent)
+        raise DataError(f"{file}: {reasons}. Name another column, or remove the modality")
+    if not any(len(subset) > 1 for subset in subsets):
+        raise DataError(
+            f"{file}: no training row has two modalities, so there are no pairs to align. Join the rows that belong together, "
+            'or pair rows by a shared class: data.pairing = "class"'
+        )
+
+
+def _absence(column: Column) -> str:
+    nulls = len(column.present) - column.blank - len(column.errors)
+    return absence(max(0, nulls), column.blank, column.errors[:3], len(column.errors))
+
+
+class _ClassPairing:
+    """Pairs the rows of an anchor table with random rows of the same class from another table."""
+
+    def __init__(self, anchors: Table, table: Table) -> None:
+        assert anchors.labels is not None  # the configuration requires label columns for this pairing
+        assert table.labels is not None
+        files = (anchors.source.file, table.source.file)
+        for file, labels in zip(files, (anchors.labels, table.labels), strict=True):
+            if (unknown := np.flatnonzero(labels == UNKNOWN)).size:
+                raise DataError(
+                    f"{file}: row {unknown[0]} has no label. Pairing by class needs a label in every row. Remove these rows"
+                )
+        if anchors.class_names and table.class_names and anchors.class_names != table.class_names:
+            raise DataError(
+                f"{files[0]} and {files[1]} have different class names: {anchors.class_names}, {table.class_names}. "
+                "Use the same names in the same order, or set data.class_names"
+            )
+        self._classes = anchors.labels
+        self._order = np.argsort(table.labels, kind="stable")
+        self._counts = np.bincount(table.labels)
+        self._starts = np.cumsum(self._counts) - self._counts
+        missing = np.setdiff1d(anchors.labels, table.labels)
+        if missing.size:
+            classes = [
+                f"{label} ({anchors.class_names[label]})" if anchors.class_names else f"{label}" for label in missing.tolist()
+            ]
+            raise DataError(
+                f"{files[1]}: no row of class {', '.join(classes)}, but {files[0]} has some. Add rows, or remove the class"
+            )
+
+    def sample(self, rows: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return a random row of the same class for each anchor row, uniformly distributed."""
+        classes = self._classes[rows]
+        return np.asarray(self._order[self._starts[classes] + generator.integers(0, self._counts[classes])])
+
+    def split(self, share: float) -> tuple["_ClassPairing", "_ClassPairing"]:
+        """Return pairings with the rows that are kept and with those that are held out, see ``Dataset.hold_out``."""
+        generator = np.random.default_rng(0)
+        is_kept, is_held_out = np.ones(len(self._order), bool), np.zeros(len(self._order), bool)
+        for start, count in zip(self._starts, self._counts, strict=True):
+            chosen = start + generator.permutation(count)[: max(1, round(share * count))]
+            is_held_out[chosen] = True
+            is_kept[chosen] = count == 1
+        return self._of(is_kept), self._of(is_held_out)
+
+    def _of(self, is_chosen: NDArray[np.bool_]) -> "_ClassPairing":
+        """Return a pairing with some of the rows, chosen in the order of ``_order``."""
+        view = copy(self)
+        view._order = self._order[is_chosen]
+        labels = np.repeat(np.arange(len(self._counts)), self._counts)[is_chosen]
+        view._counts = np.bincount(labels, minlength=len(self._counts))
+        view._starts = np.cumsum(view._counts) - view._counts
+        return view
+
+
+def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng((seed, epoch, stream))
+
+
+def _trailing_padding(tokens: Int64[np.ndarray, "row length"]) -> Int64[np.ndarray, " row"]:
+    """Return the number of padding tokens at the end of each text."""
+    length = tokens.shape[1]
+    used = np.where(tokens != 0, np.arange(1, length + 1), 0).max(axis=1)
+    return np.asarray(length - used)
+
+
+def _shift(tokens: Int64[np.ndarray, "row length"], offset: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, "row length"]:
+    """Rotate each text to the right by its offset. The tokens that wrap around are padding."""
+    length = tokens.shape[1]
+    return np.asarray(np.take_along_axis(tokens, (np.arange(length) - offset[:, None]) % length, axis=1))

@@ -1,0 +1,48 @@
+"""log p(x_S) of the generative model by importance sampling (Burda et al. 2016, equation 8).
+
+In plain nats, without likelihood weights and beta, so that models with different objectives can be compared.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from concord.model.vae.generative import Generative
+from concord.training.posteriors import Posterior, log_prior
+
+CHUNK = 16
+"""Samples decoded per step."""
+
+
+def log_likelihood(
+    model: Generative,
+    arrays: Mapping[str, Tensor],
+    present: Bool[Tensor, "batch modality"],
+    proposal: Posterior,
+    samples: int,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """log 1/K sum_k p(x_S | z_k) p(z_k) / q(z_k | x_S), z_k ~ q, of each row.
+
+    Its expectation is a lower bound that rises with K. The effective sample size shows how tight the bound is.
+
+    Args:
+        present: S.
+        proposal: q, the posterior of any subset. The posterior of S gives the tightest bound.
+        samples: K.
+
+    Returns:
+        the estimate in nats, and the effective sample size (sum w)^2 / sum w^2, between 1 and K.
+    """
+    terms = []
+    for done in range(0, samples, CHUNK):
+        z = proposal.sample(min(CHUNK, samples - done), generator)
+        by_modality = model.log_likelihoods(arrays, z)
+        likelihood = torch.where(present.unsqueeze(1), by_modality, torch.zeros_like(by_modality)).sum(-1)
+        terms.append(likelihood + log_prior(z) - proposal.log_density(z))
+    log_weights = torch.cat(terms, dim=1)
+    total = torch.logsumexp(log_weights, dim=1)
+    return total - math.log(samples), (2 * total - torch.logsumexp(2 * log_weights, dim=1)).exp()

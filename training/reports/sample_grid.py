@@ -1,0 +1,148 @@
+"""An image of what a model generates from each subset of modalities: given and generated values side by side."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from concord.model import codec
+from concord.model.modality import AudioModality, ImageModality, Modality, TextModality
+from concord.training.data.dataset import Batch, Dataset
+from concord.training.objectives import named_subsets
+from concord.training.trainable import TrainableModel
+
+MAX_HEIGHT = 2000
+"""Of the image, in pixels. It has as many subsets as fit."""
+_MAX_NAMED = 4
+"""Modalities whose names fit next to a block. Larger subsets are named by what they lack."""
+GAP, MARGIN, BLOCK_GAP, LINE_HEIGHT, LETTER_WIDTH = 2, 96, 10, 10, 5
+"""Layout in pixels."""
+ROWS = 6
+"""Columns of the grid."""
+CANDIDATE_ROWS = 500
+"""Random test rows from which the rows with the most modalities are selected."""
+FRAME_COLOUR = (230, 120, 20)
+
+
+def select_examples(test: Dataset) -> Batch:
+    """Return ``ROWS`` of the rows with the most modalities among ``CANDIDATE_ROWS`` random test rows."""
+    batch = next(test.batches(0, min(CANDIDATE_ROWS, len(test)), 0, shuffle=True))
+    return batch.take(torch.argsort(-batch.present.sum(1), stable=True)[:ROWS])
+
+
+def render_grid(model: TrainableModel, batch: Batch) -> Image.Image:
+    """Return an image with one block per subset of modalities, except the full one. With many subsets, it shows some of them.
+
+    A block has one column per row of the batch and one line per image or text modality. Given values have a frame. The others
+    are decoded from one sample of the posterior at temperature 1. The subset is named on the left.
+    """
+    shown, side = _shown_modalities(model.modalities), _side(model.modalities)
+    subsets = list(_shown_subsets(model.modalities).values())
+    rows, step, block_height = len(batch.present), side + GAP, _block_height(model.modalities)
+    canvas = Image.new("RGB", (MARGIN + rows * step, len(subsets) * block_height), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
+    generator = torch.Generator().manual_seed(0)
+    masks = [batch.present & subset for subset in subsets]
+    with torch.no_grad():
+        posteriors = model.posteriors(batch.arrays, masks)
+        for block, (subset, present, q) in enumerate(zip(subsets, masks, posteriors, strict=True)):
+            top = block * block_height
+            pen.multiline_text((2, top + 4), _label(model.modalities, subset), fill="black", font=font)
+            z = q.sample(1, generator)[:, 0]
+            for line, modality in enumerate(shown):
+                index = model.modalities.index(modality)
+                generated, given = model.decode(modality.name, z), _as_decoded(modality, batch.arrays[modality.name])
+                for column in range(rows):
+                    is_given = bool(present[column, index])
+                    tile = _tile(modality, (given if is_given else generated)[column].numpy(), side)
+                    left, upper = MARGIN + column * step, top + line * step
+                    canvas.paste(tile, (left, upper))
+                    if is_given:
+                        pen.rectangle((left, upper, left + side - 1, upper + side - 1), outline=FRAME_COLOUR, width=2)
+    return canvas
+
+
+def _label(modalities: Sequence[Modality], mask: Bool[Tensor, " modality"]) -> str:
+    """Return the name of a subset, on several lines."""
+    given = [m.name for m, bit in zip(modalities, mask.tolist(), strict=True) if bit]
+    missing = [m.name for m in modalities if m.name not in given]
+    is_long = len(given) > max(_MAX_NAMED, len(missing))
+    return f"from {'all but' if is_long else ''}".rstrip() + "\n" + "\nand ".join(missing if is_long else given)
+
+
+def grid_caption(modalities: Sequence[Modality]) -> str:
+    """Return what an image of ``render_grid`` shows."""
+    shown, count = len(_shown_subsets(modalities)), 2 ** len(modalities) - 2
+    if shown == count:
+        return "One sample of the posterior of each subset, next to its inputs"
+    return (
+        f"One sample of the posterior of {shown} of the {count} subsets, next to its inputs (single modalities first, then all "
+        "but one, then pairs, and so on)"
+    )
+
+
+def _shown_subsets(modalities: Sequence[Modality]) -> dict[str, Bool[Tensor, " modality"]]:
+    """Return the subsets of an image by name: all but the full one if their blocks fit into ``MAX_HEIGHT``.
+
+    Otherwise the first of this list that fit: single modalities, all but one, pairs, all but two, and so on.
+    """
+    *subsets, _ = named_subsets([m.name for m in modalities]).items()
+    if (limit := max(1, MAX_HEIGHT // _block_height(modalities))) >= len(subsets):
+        return dict(subsets)
+
+    def priority(item: tuple[str, Bool[Tensor, " modality"]]) -> tuple[int, int, list[bool]]:
+        mask = item[1]
+        size, is_large = int(mask.sum()), 2 * int(mask.sum()) > len(mask)
+        listed = mask if is_large else ~mask  # the absent modalities of a large subset, in the order of single modalities
+        return (len(mask) - size if is_large else size, size, listed.tolist())
+
+    chosen = {name for name, _ in sorted(subsets, key=priority)[:limit]}
+    return {name: mask for name, mask in subsets if name in chosen}
+
+
+def _shown_modalities(modalities: Sequence[Modality]) -> list[ImageModality | AudioModality | TextModality]:
+    return [m for m in modalities if isinstance(m, ImageModality | AudioModality | TextModality)]
+
+
+def _side(modalities: Sequence[Modality]) -> int:
+    """Return height and width of a tile."""
+    sizes = [max(m.shape[1:]) for m in _shown_modalities(modalities) if not isinstance(m, TextModality)]
+    return 72 if max(sizes, default=0) > 40 else 36
+
+
+def _block_height(modalities: Sequence[Modality]) -> int:
+    return len(_shown_modalities(modalities)) * (_side(modalities) + GAP) + BLOCK_GAP
+
+
+def _as_decoded(modality: Modality, values: Tensor) -> Tensor:
+    """Return data in the format of a decoder's expectation: tokens become one-hot vectors."""
+    if isinstance(modality, TextModality):
+        return torch.nn.functional.one_hot(values, modality.categories).float()
+    return values
+
+
+def _tile(modality: Modality, value: np.ndarray, side: int) -> Image.Image:
+    if isinstance(modality, TextModality):
+        tile = Image.new("RGB", (side, side), (245, 245, 245))
+        text = cast(str, codec.render(modality, value.astype(np.float32))["text"])
+        wrapped = textwrap.fill(text, side // LETTER_WIDTH, max_lines=side // LINE_HEIGHT, placeholder=" …")
+        ImageDraw.Draw(tile).multiline_text(
+            (side / 2, side / 2),
+            wrapped,
+            fill="black",
+            font=ImageFont.load_default(size=9),
+            anchor="mm",
+            align="center",
+            spacing=1,
+        )
+        return tile
+    if isinstance(modality, AudioModality):
+        value = value[:, ::-1]  # low frequencies at the bottom
+    pixels = np.rint(value.clip(0, 1) * 255).astype(np.uint8)[:3]
+    rgb = np.repeat(pixels[:1], 3, axis=0) if len(pixels) < 3 else pixels
+    return Image.fromarray(rgb.transpose(1, 2, 0)).resize((side, side), Image.Resampling.BICUBIC)

@@ -1,0 +1,85 @@
+"""Scores for tables and charts, computed from the metrics of a comparison."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DISPLAY_NAMES = {
+    "concord": "Concord",
+    "jmvae": "JMVAE-kl",
+    "mvae": "MVAE",
+    "mmvae": "MMVAE",
+    "mopoe": "MoPoE",
+    "mvtcae": "MVTCAE",
+    "jnf": "JNF",
+    "contrastive": "Contrastive",
+}
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """Return the name of a row's variant, or of its model if it is not a variant."""
+    return str(row.get("variant") or row["model"])
+
+
+def display_name(name: str) -> str:
+    """Return the name of a model or variant in tables and charts."""
+    return DISPLAY_NAMES.get(name, name)
+
+
+def finished_rows(content: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Return the rows with status done by name: models in the order of ``DISPLAY_NAMES``, then variants in file order."""
+    names = dict.fromkeys([*DISPLAY_NAMES, *map(row_name, content["rows"])])
+    by_name = [(n, [row for row in content["rows"] if row_name(row) == n and row["status"] == "done"]) for n in names]
+    return [(name, rows) for name, rows in by_name if rows]
+
+
+def average(rows: Rows, score: str) -> tuple[float | None, float | None]:
+    """Return mean and standard deviation of a score over rows.
+
+    The mean is None if a row lacks the score. The deviation of a single row is None.
+    """
+    values = [value for row in rows if (value := row_scores(row)[score]) is not None]
+    if len(values) < len(rows) or not values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the scores of one model and seed.
+
+    ``probe``: mean over single modalities. ``coherence_one``, ``coherence_more``: mean over targets and over sources of one or
+    of multiple modalities, sampled at temperature 1. ``coherence_joint``: of samples of the prior. ``frechet``: mean over
+    images and single sources. ``cosine``: mean over modalities of matched minus shuffled. ``log_likelihood``: log p(X) in nats.
+    """
+    distances = row["frechet"]
+    return {
+        "probe": _mean([v for name, v in row.get("probe", {}).items() if "+" not in name and name != "joint"]),
+        "coherence_one": mean_coherence(row, multimodal=False),
+        "coherence_more": mean_coherence(row, multimodal=True),
+        "coherence_joint": row["coherence"]["joint"],
+        "frechet": _mean([v for s, by_image in distances.items() if "+" not in s and s != "prior" for v in by_image.values()]),
+        "cosine": _mean([v["matched"] - v["shuffled"] for v in row["cosine"].values()]),
+        "gap_closed": row["gap_closed"],
+        "log_likelihood": row["log_likelihood"]["joint"],
+        "minutes": row["seconds"] / 60,
+    }
+
+
+def mean_coherence(row: Mapping[str, Any], *, multimodal: bool) -> float | None:
+    """Return the mean coherence of one sample over targets and over sources of multiple modalities, or of one."""
+    cross = row["coherence"]["cross"]
+    return _mean([v for source, by_target in cross.items() if ("+" in source) == multimodal for v in by_target.values()])
+
+
+def rename_old_keys(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics under their current keys.
+
+    Manifests of older bundles, and result and evaluation files of older runs, have ``judges`` for ``classifier_accuracy``.
+    """
+    return {"classifier_accuracy" if key == "judges" else key: value for key, value in metrics.items()}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
