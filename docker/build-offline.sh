@@ -4,9 +4,9 @@
 #
 #   docker/build-offline.sh base               a stand-in for the official Python image: Debian with its own Python 3.11
 #   docker/build-offline.sh build cpu          one target of the Dockerfile, as concord:cpu; also gpu and training
-#   docker/build-offline.sh try cpu ARGUMENT…  the image's entry point: chroot, root file system read-only, its user, no capability
+#   docker/build-offline.sh try cpu ARGUMENT…  run the image in a chroot: read-only root file system, its user, no capabilities
 #
-# What a machine has of its own comes from the environment:
+# Machine-specific settings come from the environment:
 #   PIP_CONFIG   pip.conf for the index or mirror to use      CA_BUNDLE  certificates that the mirror's TLS needs
 #   WHEELS       folder of wheels, mounted at the same path   DEBIAN     mirror for debootstrap
 #   MOUNTS       for try: folders to show, as words HOST:IMAGE, or HOST:IMAGE:rw where the image may write (as user 65532)
@@ -50,9 +50,10 @@ try() {
     trap '$BUILDAH rm "$container" >/dev/null' EXIT
     mapfile -t environment < <($BUILDAH inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" | grep .)
     mapfile -t entry < <($BUILDAH inspect --format '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' "$container" | grep .)
+    [ $# -gt 0 ] || mapfile -t entry < <(printf '%s\n' "${entry[@]}"; $BUILDAH inspect --format '{{range .OCIv1.Config.Cmd}}{{println .}}{{end}}' "$container" | grep .)
     folder=$($BUILDAH inspect --format '{{.OCIv1.Config.WorkingDir}}' "$container")
     environment+=($(env | grep '^CONCORD_' || true))
-    # A mount namespace of its own: the mounts go when the program ends, and nobody else sees them.
+    # In a separate mount namespace: the mounts end with the program.
     unshare --mount --propagation private bash -euc '
         root=$1; shift
         mount --bind "$root" "$root"
