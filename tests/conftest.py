@@ -1,7 +1,7 @@
-"""A tiny model of every kind of modality, and the bundle it exports to: made once, shared by all tests, changed by none.
+"""Fixtures for all tests: a tiny model with four kinds of modalities, and its bundle. Tests must not change them.
 
-Array shapes in annotations are checked through the whole run, so the hook comes before anything of ours is imported. What
-needs seconds to import is imported by the fixtures that need it: most tests of the service do not.
+The import hook checks the array shapes in annotations during the whole run, so it is installed before any of our packages is
+imported. Libraries that need seconds to import are imported inside the fixtures that use them.
 """
 # ruff: noqa: E402, PLC0415
 
@@ -11,30 +11,38 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtyping import install_import_hook
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch counts the cores: tests share them
-install_import_hook(["model", "training"], "beartype.beartype")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch is imported
+install_import_hook(["concord.model", "concord.training"], "beartype.beartype")
 
 import hypothesis
 import pytest
 
-from model import bundle
-from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
+from concord.model import bundle
+from concord.model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
 
-hypothesis.settings.register_profile("shared", deadline=None)  # a busy machine is no defect of what is tested
+hypothesis.settings.register_profile("shared", deadline=None)  # a slow machine must not fail a test
 hypothesis.settings.load_profile("shared")
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model.vae.multimodal import MultimodalVAE
+    from concord.model.vae.multimodal import MultimodalVAE
 
 MakeVAE = Callable[..., "MultimodalVAE"]
 MakeRows = Callable[..., dict[str, "Tensor"]]
+SLOW_FIXTURES = {"tiny_bundle", "traced_step"}
+"""Fixtures that trace a model, which takes seconds. Tests that use them are marked as slow."""
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
 def tiny_modalities() -> tuple[Modality, ...]:
-    """One of each kind."""
+    """An image, a text, a vector and a binary modality."""
     return (
         ImageModality(name="image", channels=1, height=8, width=8),
         TextModality(name="text", length=3, alphabet=" abc"),
@@ -45,10 +53,10 @@ def tiny_modalities() -> tuple[Modality, ...]:
 
 @pytest.fixture(scope="session")
 def make_vae() -> MakeVAE:
-    """An untrained model of given modalities. What begins at zero holds numbers too, so that every weight counts."""
+    """Function that makes an untrained model. Weights initialised to zero are random here, so that all weights matter."""
     import torch
 
-    from model.vae.multimodal import MultimodalVAE
+    from concord.model.vae.multimodal import MultimodalVAE
 
     def make_vae(modalities: Sequence[Modality], *, width: int = 8, beta: float = 2.0, **options: Any) -> MultimodalVAE:
         with torch.random.fork_rng():
@@ -64,7 +72,7 @@ def make_vae() -> MakeVAE:
 
 @pytest.fixture(scope="session")
 def make_rows() -> MakeRows:
-    """Random complete rows, by modality (rows, *shape)."""
+    """Function that makes random complete rows: (rows, *shape) by modality."""
     import torch
     from torch import Tensor
 
@@ -93,7 +101,7 @@ def tiny_vae(tiny_modalities: tuple[Modality, ...], make_vae: MakeVAE) -> "Multi
 
 @pytest.fixture(scope="session")
 def tiny_facts() -> dict[str, Any]:
-    """What a manifest holds beside what the model itself says."""
+    """Fields of a manifest that do not follow from the model."""
     provenance = {
         "created": "2026-01-01T00:00:00+00:00",
         "code_revision": "unknown",
@@ -109,8 +117,8 @@ def tiny_facts() -> dict[str, Any]:
 def tiny_bundle(
     tiny_vae: "MultimodalVAE", make_rows: MakeRows, tiny_facts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> bundle.Bundle:
-    """``tiny_vae`` on disk, with two noise samples. Copy it before changing anything."""
-    from model.vae.export import export_bundle
+    """``tiny_vae`` as a bundle on disk, with two noise samples. Copy it before you change it."""
+    from concord.model.vae.export import export_bundle
 
     path = tmp_path_factory.mktemp("bundles") / "tiny"
     examples = make_rows(tiny_vae.modalities, 15)

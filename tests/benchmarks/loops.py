@@ -1,14 +1,18 @@
-"""The model without a server, on the server's core and one thread: ``python -m tests.benchmarks.loops raw SECONDS``, steps,
-torch, scale. JSON."""
+"""Measurements of the model without a server, on the server's core with one thread.
+
+``python -m tests.benchmarks.loops NAME SECONDS [ARGUMENTS]`` prints the result of the function NAME as JSON. A separate process
+has its own memory and core, which the load generator does not use.
+"""
 
 import base64
 import io
+import itertools
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,135 +20,165 @@ from typing import Any
 import numpy as np
 import orjson
 
-from model import bundle
-from model.modality import collate
-from model.runtime import Posterior, Runtime
-from tests.benchmarks.peers.digits import Digits
+from concord.model import bundle
+from concord.model.modality import collate
+from concord.model.runtime import Posterior, Runtime
+from tests.benchmarks.competitors.digits import DigitsEncoder
+from tests.benchmarks.items import photo_items, word_items
 from tests.benchmarks.process import SERVER_CORE
-from tests.benchmarks.samples import pictures, words
-from tests.server import ROOT
+from tests.support.server import ROOT
 
-WARM_SECONDS = 0.3
-FEWEST = 3
-"""Runs, however long each takes."""
+WARMUP_SECONDS = 0.3
+MIN_CALLS = 3
 
 
-def raw(seconds: float) -> dict[str, float]:
-    """Items a second: decode and encode one by one, and 32 at a time from a JSON body to base64 vectors."""
-    digits = Digits()
-    told = {}
-    for name, items in (("picture", pictures()), ("word", words())):
-        turn = iter(range(1 << 40))
-        told[name] = 1 / timed(lambda: digits.encode([digits.decode(items[next(turn) % len(items)])]), seconds)  # noqa: B023
-    body = orjson.dumps({"inputs": bulk_items()})
+def encode_rates(seconds: float) -> dict[str, float]:
+    """Return items per second of parsing and encoding: one photo or one word at a time, and requests of 32 photos or 32 words.
 
-    def bulk() -> bytes:
-        vectors = digits.encode([digits.decode(item) for item in orjson.loads(body)["inputs"]])
-        return orjson.dumps([base64.b64encode(vector).decode() for vector in vectors])
-
-    return {**told, "bulk": 32 / timed(bulk, seconds)}
-
-
-def steps(seconds: float) -> dict[str, float]:
-    """Seconds of one bare call of the refine graph with these rows."""
-    runtime = Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
-    return {str(rows): timed(partial(runtime.refine, *_start(runtime, rows)), seconds) for rows in (1, 32)}
-
-
-def torch(seconds: float) -> dict[str, float]:
-    """Seconds of encoding one complete row and refining it by four steps: PyTorch's autograd, and the graphs in a plain loop.
-
-    Four steps take five evaluations of the objective, of which the last one only judges.
+    A request of 32 items is parsed from its JSON body, and its embeddings are encoded in base64.
     """
-    import torch as pytorch  # noqa: PLC0415 - the others shall not wait for it
+    encoder = DigitsEncoder()
+
+    def encode_next(items: Iterator[Mapping[str, str]]) -> None:
+        encoder.encode([encoder.parse(next(items))])
+
+    rates = {
+        name: 1 / seconds_per_call(partial(encode_next, itertools.cycle(items)), seconds)
+        for name, items in (("picture", photo_items()), ("word", word_items()))
+    }
+    bodies = {
+        "bulk": orjson.dumps({"inputs": bulk_items()}),
+        "bulk_word": orjson.dumps({"inputs": [word_items()[number % len(word_items())] for number in range(32)]}),
+    }
+
+    def encode_bulk(body: bytes) -> bytes:
+        embeddings = encoder.encode([encoder.parse(item) for item in orjson.loads(body)["inputs"]])
+        return orjson.dumps([base64.b64encode(embedding).decode() for embedding in embeddings])
+
+    return {**rates, **{name: 32 / seconds_per_call(partial(encode_bulk, body), seconds) for name, body in bodies.items()}}
+
+
+def refine_steps(seconds: float) -> dict[str, float]:
+    """Return the seconds of one run of the refine graph, for 1 and 32 rows."""
+    runtime = Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
+    return {
+        str(rows): seconds_per_call(partial(runtime.refine, *_refine_arguments(runtime, rows)), seconds) for rows in (1, 32)
+    }
+
+
+def refine_with_torch(seconds: float) -> dict[str, float]:
+    """Return the seconds to encode one complete row and refine it by four steps: PyTorch's eager autograd, and the graphs.
+
+    Four steps take five evaluations of the objective: the last one only evaluates the final posterior.
+
+    Raises:
+        AssertionError: PyTorch and the graphs reach different posteriors.
+    """
+    import torch  # noqa: PLC0415 - slow to import, and only this function needs it
     from safetensors.torch import load_file  # noqa: PLC0415
 
-    from model.vae.gaussian import Gaussian, standard_like  # noqa: PLC0415
-    from model.vae.multimodal import MultimodalVAE  # noqa: PLC0415
-    from training import config_file  # noqa: PLC0415
+    from concord.model.vae.gaussian import Gaussian, standard_like  # noqa: PLC0415
+    from concord.model.vae.multimodal import MultimodalVAE  # noqa: PLC0415
+    from concord.training import config_file  # noqa: PLC0415
+    from concord.training.trainable import network_arguments  # noqa: PLC0415
 
-    pytorch.set_num_threads(1)
+    torch.set_num_threads(1)
     runtime = Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
     manifest = runtime.bundle.manifest
-    network = config_file.read(ROOT / "training/configs/digits.toml").network
-    vae = MultimodalVAE(manifest.modalities, **network.model_dump(), beta=manifest.beta)
+    config = config_file.read(ROOT / "training/configs/digits.toml")
+    options: dict[str, Any] = {**network_arguments(config), "fusion": config.network.fusion}
+    if manifest.graphs.draw:
+        options |= {"couplings": config.flow.couplings, "spread": config.flow.spread}
+    vae = MultimodalVAE(manifest.modalities, **options | {"beta": manifest.beta})
     vae.load_state_dict(load_file(runtime.bundle.path / bundle.WEIGHTS))
     vae.eval().requires_grad_(False)
-    inputs, present, _, anchor, noise = _start(runtime, 1)
-    arrays = {name: pytorch.from_numpy(array) for name, array in inputs.items()}
-    there, drawn = pytorch.from_numpy(present), pytorch.from_numpy(noise)
+    inputs, present, _, anchor, noise = _refine_arguments(runtime, 1)
+    arrays = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    present_tensor, noise_tensor = torch.from_numpy(present), torch.from_numpy(noise)
 
     def eager() -> Gaussian:
-        with pytorch.no_grad():
-            posterior = vae.aligned(arrays, there)
+        with torch.no_grad():
+            posterior: Gaussian = vae.aligned(arrays, present_tensor)
         prior = standard_like(posterior)
         for _ in range(5):
-            mean, log_var = (one.detach().requires_grad_() for one in posterior)
-            objective = vae.objective(arrays, there, Gaussian(mean, log_var), prior, drawn)
-            gradient = Gaussian(*pytorch.autograd.grad(objective.sum(), (mean, log_var)))
-            with pytorch.no_grad():
-                reached, posterior = posterior, vae.refiner(Gaussian(mean, log_var), gradient)
-        return reached
+            mean, log_var = (parameter.detach().requires_grad_() for parameter in posterior)
+            objective = vae.objective(arrays, present_tensor, Gaussian(mean, log_var), prior, noise_tensor)
+            gradient = Gaussian(*torch.autograd.grad(objective.sum(), (mean, log_var)))
+            with torch.no_grad():
+                evaluated, posterior = posterior, vae.refiner(Gaussian(mean, log_var), gradient)
+        return evaluated
 
     def graphs() -> Posterior:
         posterior = runtime.encode(inputs, present)
         for _ in range(5):
-            reached = posterior
+            evaluated = posterior
             posterior, _ = runtime.refine(inputs, present, posterior, anchor, noise)
-        return reached
+        return evaluated
 
     difference = float(np.abs(eager().mean.numpy() - graphs().mean).max())
-    assert difference < 1e-3, f"PyTorch and the graphs differ by {difference}"
-    return {"eager": timed(eager, seconds, np.mean), "graphs": timed(graphs, seconds, np.mean)}
+    assert difference < 1e-3, f"the posterior means of PyTorch and the graphs differ by {difference}"
+    return {"eager": seconds_per_call(eager, seconds, np.mean), "graphs": seconds_per_call(graphs, seconds, np.mean)}
 
 
-def scale(seconds: float, folder: str, rows: str, *steps: str) -> dict[str, Any]:
-    """Rows a second that are encoded and refined by each of these numbers of steps, and the largest resident memory."""
+def scaling_point(seconds: float, folder: str, rows: str, *steps: str) -> dict[str, Any]:
+    """Return rows per second that are encoded and refined, and the largest resident memory in MB.
+
+    Args:
+        seconds: for each number of steps.
+        folder: of the bundle.
+        rows: number of rows in the batch.
+        steps: numbers of refinement steps. Each has a rate in the result.
+    """
     runtime = Runtime.load(Path(folder), threads=1)
     with np.load(io.BytesIO(runtime.bundle.content(bundle.GOLDEN)), allow_pickle=False) as golden:
-        places = np.arange(int(rows)) % len(golden["present"])
-        inputs = {m.name: golden[f"input.{m.name}"][places] for m in runtime.modalities}
+        indices = np.arange(int(rows)) % len(golden["present"])
+        inputs = {m.name: golden[f"input.{m.name}"][indices] for m in runtime.modalities}
     present = np.ones((int(rows), len(runtime.modalities)), dtype=bool)
-    noise = np.random.default_rng(0).standard_normal((int(rows), runtime.samples, runtime.latent), dtype=np.float32)
-    prior = np.zeros((int(rows), runtime.latent), np.float32)
+    noise = np.random.default_rng(0).standard_normal((int(rows), runtime.noise_samples, runtime.latent), dtype=np.float32)
+    zeros = np.zeros((int(rows), runtime.latent), np.float32)
+    prior = Posterior(zeros, zeros)
 
-    def run(count: int) -> None:
+    def encode_and_refine(step_count: int) -> None:
         posterior = runtime.encode(inputs, present)
-        for _ in range(count + 1 if count else 0):
-            posterior, _ = runtime.refine(inputs, present, posterior, Posterior(prior, prior), noise)
+        for _ in range(step_count + 1 if step_count else 0):
+            posterior, _ = runtime.refine(inputs, present, posterior, prior, noise)
 
-    rates = [int(rows) / timed(lambda: run(int(count)), seconds) for count in steps]  # noqa: B023
+    rates = [int(rows) / seconds_per_call(partial(encode_and_refine, int(count)), seconds) for count in steps]
     return {"rows_per_s": rates, "resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 def bulk_items() -> list[dict[str, str]]:
-    """32 photographs."""
-    return [dict(pictures()[number % len(pictures())]) for number in range(32)]
+    """Return 32 photos."""
+    return [dict(photo_items()[number % len(photo_items())]) for number in range(32)]
 
 
-def timed(run: Callable[[], Any], seconds: float, average: Callable[[list[float]], Any] = np.median) -> float:
-    """Seconds of one run."""
-    times: list[float] = []
+def seconds_per_call(call: Callable[[], Any], seconds: float, average: Callable[[list[float]], Any] = np.median) -> float:
+    """Return the average duration of a call in seconds, after WARMUP_SECONDS, from at least MIN_CALLS calls."""
+    durations: list[float] = []
     began = time.perf_counter()
-    while (now := time.perf_counter()) - began < WARM_SECONDS + seconds or len(times) < FEWEST:
-        run()
-        if now - began > WARM_SECONDS:
-            times.append(time.perf_counter() - now)
-    return float(average(times))
+    while (now := time.perf_counter()) - began < WARMUP_SECONDS + seconds or len(durations) < MIN_CALLS:
+        call()
+        if now - began > WARMUP_SECONDS:
+            durations.append(time.perf_counter() - now)
+    return float(average(durations))
 
 
-def _start(runtime: Runtime, rows: int) -> tuple[dict[str, Any], Any, Posterior, Posterior, Any]:
-    """Arguments of ``refine``: complete rows, posteriors where the encoder puts them, the prior as anchor."""
-    digits = Digits()
+def _refine_arguments(runtime: Runtime, rows: int) -> tuple[dict[str, Any], Any, Posterior, Posterior, Any]:
+    """Return arguments of ``Runtime.refine``: complete rows, their aligned posteriors, the prior as anchor, and noise."""
+    encoder = DigitsEncoder()
     generator = np.random.default_rng(0)
-    row = {**digits.decode({**pictures()[0], "word": "seven"}), "digit": generator.random((1, 28, 28), dtype=np.float32)}
+    row = {**encoder.parse({**photo_items()[0], "word": "seven"}), "digit": generator.random((1, 28, 28), dtype=np.float32)}
     inputs, present = collate(runtime.modalities, [row] * rows)
     start = runtime.encode(inputs, present)
-    anchor = Posterior(np.zeros_like(start.mean), np.zeros_like(start.mean))
-    return inputs, present, start, anchor, generator.standard_normal((rows, runtime.samples, runtime.latent), dtype=np.float32)
+    prior = Posterior(np.zeros_like(start.mean), np.zeros_like(start.mean))
+    noise = generator.standard_normal((rows, runtime.noise_samples, runtime.latent), dtype=np.float32)
+    return inputs, present, start, prior, noise
 
+
+FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    function.__name__: function for function in (encode_rates, refine_steps, refine_with_torch, scaling_point)
+}
 
 if __name__ == "__main__":
     os.sched_setaffinity(0, {SERVER_CORE})
-    told: Callable[..., Any] = {"raw": raw, "steps": steps, "torch": torch, "scale": scale}[sys.argv[1]]
-    print(json.dumps(told(float(sys.argv[2]), *sys.argv[3:])))
+    print(json.dumps(FUNCTIONS[sys.argv[1]](float(sys.argv[2]), *sys.argv[3:])))

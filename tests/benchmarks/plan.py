@@ -1,4 +1,4 @@
-"""How long and how often everything is measured."""
+"""Durations and repetitions of the measurements."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ class Plan:
     """Durations in seconds.
 
     Args:
-        rounds: in each, every contestant is started and measured once.
-        warm: traffic before anything is measured.
-        closed: of each number of connections.
-        paced: of each rate.
-        probe: of each rate that is tried for the goodput.
-        rates: requests a second of the open loop.
-        tune: of each number of connections for each variant; 0 takes the first variants.
-        repeats: of what is measured inside one process.
-        scaling: of each point of the scaling figures; 0 leaves them out.
+        rounds: number of rounds. Each starts and measures every server once.
+        warmup: load before a measurement.
+        closed_loop: for each number of connections.
+        open_loop: for each rate in ``rates``.
+        probe: for each rate of the goodput search, and for each measurement of ``overhead``.
+        rates: requests per second of the open loop.
+        tune: for each number of connections and each variant of a server. 0: take the first variants.
+        repeats: number of repetitions of ``overhead``.
+        scaling: for each point of the scaling figure. 0: no scaling figure.
     """
 
     rounds: int
-    warm: float
-    closed: float
-    paced: float
+    warmup: float
+    closed_loop: float
+    open_loop: float
     probe: float
     rates: tuple[int, ...]
     tune: float
@@ -32,6 +32,10 @@ class Plan:
 
 CONNECTIONS = (1, 16, 64)
 LIMIT_MS = 50
-"""What goodput allows the 99th percentile."""
-FULL = Plan(rounds=5, warm=1.0, closed=1.5, paced=3.0, probe=1.5, rates=(100, 400, 1000), tune=2.5, repeats=5, scaling=0.5)
-QUICK = Plan(rounds=1, warm=0.5, closed=1.0, paced=1.5, probe=1.0, rates=(100, 400, 1000), tune=0, repeats=1, scaling=0)
+"""Largest 99th percentile of the latency that counts as goodput."""
+FULL = Plan(
+    rounds=5, warmup=1.0, closed_loop=1.5, open_loop=3.0, probe=1.5, rates=(100, 400, 1000), tune=2.5, repeats=5, scaling=0.5
+)
+QUICK = Plan(
+    rounds=1, warmup=0.5, closed_loop=1.0, open_loop=1.5, probe=1.0, rates=(100, 400, 1000), tune=0, repeats=1, scaling=0
+)

@@ -1,4 +1,4 @@
-"""A server in processes of its own, all on one core: started, looked at from outside, and stopped whatever it does."""
+"""A server in separate processes, all on one core: start, measurement from outside, and a stop that ends every process."""
 
 import contextlib
 import http.client
@@ -11,59 +11,62 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from tests.server import ROOT
+from tests.support.server import ROOT
 
 START_SECONDS = 60
 STOP_SECONDS = 10
 SERVER_CORE, GENERATOR_CORE = 0, 1
-_TICK = os.sysconf("SC_CLK_TCK")
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 class NotStartedError(RuntimeError):
-    """A server that does not come up. The message ends with what it wrote."""
+    """A server does not become ready. The message ends with its output."""
 
 
 class Process:
-    """A server's processes: the first one and what it started, wherever that put itself.
+    """The processes of a server: the first one and all its descendants.
 
     Attributes:
-        cold_start: seconds from its start to its first readiness.
+        cold_start_seconds: from the start of the process to the first successful readiness probe.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", port: int, ready: str, log: IO[bytes]) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", port: int, ready_path: str, log: IO[bytes]) -> None:
         self.port = port
-        self._first = process
+        self._root = process
         self._known = {process.pid}
         began = time.monotonic()
-        while not _answers(port, ready):
+        while not _is_ready(port, ready_path):
             if process.poll() is not None or time.monotonic() - began > START_SECONDS:
                 log.seek(0)
                 raise NotStartedError(f"{process.args!r} is not ready: {log.read()[-2000:].decode(errors='replace')}")
             time.sleep(0.005)
-        self.cold_start = time.monotonic() - began
+        self.cold_start_seconds = time.monotonic() - began
 
-    def family(self) -> list[int]:
-        """Process ids. Some put themselves into sessions of their own, so parents count, and who was seen before."""
+    def process_ids(self) -> list[int]:
+        """Return the ids of the first process and its descendants.
+
+        Some workers start a new session, so the process group alone misses them. Orphans are known from earlier calls.
+        """
         parents, groups = {}, {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
                     fields = _stat(int(entry.name))
                     parents[int(entry.name)], groups[int(entry.name)] = int(fields[1]), int(fields[2])
-        family = {pid for pid, group in groups.items() if group == self._first.pid} | (self._known & groups.keys())
-        while more := {pid for pid, parent in parents.items() if parent in family} - family:
-            family |= more
-        self._known |= family
-        return sorted(family)
+        found = {pid for pid, group in groups.items() if group == self._root.pid} | (self._known & groups.keys())
+        while children := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= children
+        self._known |= found
+        return sorted(found)
 
     def cpu_seconds(self) -> float:
-        """User and system time so far, of all of them."""
-        return sum(sum(map(int, _stat(pid)[11:13])) for pid in self.family()) / _TICK
+        """Return the user and system time of all processes so far."""
+        return sum(sum(map(int, _stat(pid)[11:13])) for pid in self.process_ids()) / _TICKS_PER_SECOND
 
     def resident_bytes(self) -> int:
-        """Memory of all of them: what is private to each, and once what they share."""
+        """Return the resident memory: the private memory of all processes, plus the largest shared memory of any of them."""
         private, shared = 0, 0
-        for pid in self.family():
+        for pid in self.process_ids():
             sizes: dict[str, int] = {}
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
                 name, _, size = line.partition(":")
@@ -73,49 +76,59 @@ class Process:
         return private + shared
 
     def stop(self) -> None:
-        """SIGTERM to the process group, then SIGKILL to whoever is left."""
-        family = self.family()
+        """Send SIGTERM to the process group, then SIGKILL to the processes that are still running."""
+        pids = self.process_ids()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._first.pid, signal.SIGTERM)
+            os.killpg(self._root.pid, signal.SIGTERM)
         until = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < until and any(map(_lives, family)):
-            self._first.poll()
+        while time.monotonic() < until and any(map(_is_running, pids)):
+            self._root.poll()
             time.sleep(0.02)
-        for pid in family:
-            if _lives(pid):
+        for pid in pids:
+            if _is_running(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self._first.wait()
-        while any(map(_lives, family)):
+        self._root.wait()
+        while any(map(_is_running, pids)):
             time.sleep(0.005)
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str | Path], environment: Mapping[str, str], port: int, ready: str) -> Iterator[Process]:
-    """A ready server on the server's core; its port is free again at the end.
+def running(
+    command: Sequence[str | Path],
+    environment: Mapping[str, str],
+    port: int,
+    ready_path: str,
+    cores: Sequence[int] = (SERVER_CORE,),
+) -> Iterator[Process]:
+    """Run a server on the server's core. It is ready at the start; its port is free again at the end.
 
     Args:
-        ready: path that answers 200 once it is.
+        command: program and arguments.
+        environment: variables, added to those of this process. Variables CONCORD_* of this process are removed.
+        port: that the server listens on.
+        ready_path: of the route that returns status 200 when the server is ready.
+        cores: that it may use.
 
     Raises:
-        NotStartedError: it does not come up, or the port is taken.
+        NotStartedError: the server does not become ready, or the port is in use.
     """
     require_free(port)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("CONCORD_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CONCORD_")}
     log_path = ROOT / ".venv-bench" / "server.log"
     log_path.parent.mkdir(exist_ok=True)
     with log_path.open("w+b") as log:
         process = subprocess.Popen(
-            ["taskset", "--cpu-list", str(SERVER_CORE), *map(str, command)],
+            ["taskset", "--cpu-list", ",".join(map(str, cores)), *map(str, command)],
             cwd=ROOT,
-            env={**kept, "PYTHONPATH": str(ROOT), **environment},
+            env={**inherited, "PYTHONPATH": str(ROOT), **environment},
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
         server = None
         try:
-            server = Process(process, port, ready, log)
+            server = Process(process, port, ready_path, log)
             yield server
         finally:
             if server is None:
@@ -128,25 +141,29 @@ def running(command: Sequence[str | Path], environment: Mapping[str, str], port:
 
 
 def require_free(port: int) -> None:
-    """Raises NotStartedError where something listens: the figures would be its."""
+    """Check that no process listens on the port. Otherwise the figures could be those of another server.
+
+    Raises:
+        NotStartedError: the port is in use.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise NotStartedError(f"port {port} is taken: stop what listens there") from error
+            raise NotStartedError(f"port {port} is in use: stop the process that listens on it") from error
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nothing listens on."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Return different ports that are not in use."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for bound in sockets:
+            bound.bind(("127.0.0.1", 0))
+        return [bound.getsockname()[1] for bound in sockets]
 
 
-def _answers(port: int, path: str) -> bool:
+def _is_ready(port: int, path: str) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
     try:
         connection.request("GET", path)
@@ -158,11 +175,11 @@ def _answers(port: int, path: str) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/<pid>/stat from the state on; the name before it may hold anything."""
+    """Return the fields of /proc/<pid>/stat from the state on. The process name before it can contain any character."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def _lives(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         return _stat(pid)[0] != "Z"
     except OSError:

@@ -1,181 +1,375 @@
-"""What was measured as Markdown: the table of everybody, and the targets with what was reached."""
+"""The results in Markdown: a short table in README.md, all rows and targets in tests/benchmarks/README.md.
 
+``python -m tests.benchmarks.report`` writes both from ``results/latest.json`` without a measurement.
+"""
+
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.contestants import ALL, NOOP, OURS, PEERS, PLAIN
 from tests.benchmarks.plan import CONNECTIONS, LIMIT_MS
+from tests.benchmarks.scaling import FIGURE
+from tests.benchmarks.servers import COMPETITORS, CONCORD, NOOP, PLAIN, SERVERS
+from tests.support.documents import with_section
+from tests.support.server import ROOT
 
 Content = Mapping[str, Any]
+"""A results file."""
+Rounds = Mapping[str, Sequence[Mapping[str, float]]]
+"""The figures of each server in each round."""
 
-MARKERS = ("<!-- performance -->", "<!-- /performance -->")
-_QUANTILE = re.compile(r"p\d+_at_(\d+)_ms")
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+LATEST = RESULTS / "latest.json"
+README, README_MARKER = ROOT / "README.md", "performance"
+BENCHMARK_README, BENCHMARK_MARKER = FOLDER / "README.md", "benchmark"
+SHORT_TABLE = ("rps_16", "rps_64", "p50_1_ms", "p99_at_400_ms", "resident_mb")
+"""Figures in README.md."""
+P50_BOUND = 0.5
+"""Largest ratio of Concord's median latency at 1 connection to that of the best competitor."""
+_PERCENTILE = re.compile(r"p\d+_at_(\d+)_ms")
 
 
 @dataclass(frozen=True)
 class Target:
-    """``reached`` is a ratio within one run, or an absolute figure."""
+    """A bound on a figure of Concord.
 
-    what: str
-    reached: float
-    wanted: float
+    Attributes:
+        name: unique among the targets.
+        measured: an absolute figure, or a ratio within one run.
+        at_least: the bound is a minimum, else a maximum.
+        form: format of the two values.
+        note: shown after the name in the table of targets.
+    """
+
+    name: str
+    measured: float
+    bound: float
     at_least: bool
     form: str = "{:.2f}"
+    note: str = ""
 
     @property
     def met(self) -> bool:
-        return self.reached >= self.wanted if self.at_least else self.reached <= self.wanted
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
     def row(self) -> str:
+        """Return the row of the table of targets."""
         sign = "≥" if self.at_least else "≤"
-        by = abs(self.reached / self.wanted - 1)
-        verdict = "met" if self.met else f"missed by {by:.0%}"
-        return f"| {self.what} | {sign} {self.form.format(self.wanted)} | {self.form.format(self.reached)} | {verdict} |"
+        result = "met" if self.met else f"missed by {abs(self.measured / self.bound - 1):.0%}"
+        name = f"{self.name} ({self.note})" if self.note else self.name
+        return f"| {name} | {sign} {self.form.format(self.bound)} | {self.form.format(self.measured)} | {result} |"
 
 
-def section(content: Content) -> str:
-    """Both tables and what they were measured on."""
-    machine, rounds = content["machine"], len(content["rounds"][OURS.name])
+def performance_section(content: Content) -> str:
+    """Return the section of README.md: a short table, and the number of targets that were missed."""
+    all_targets = targets(content)
+    missed = sum(not target.met for target in all_targets)
+    summary = f"{missed} of {len(all_targets)} targets were missed" if missed else f"all {len(all_targets)} targets were met"
+    return "\n".join(
+        [
+            f"On a CPU ({content['machine']['processor']}), one core for the server and one for the load generator. One photo "
+            f"per request, medians of {_count_rounds(content)}, in brackets the ratio to Concord; {_bundle(content)}.",
+            "",
+            *table(content, SHORT_TABLE, spread=False),
+            "",
+            f"[All rows, the targets and the method](tests/benchmarks/README.md): {summary}.",
+        ]
+    )
+
+
+def benchmark_section(content: Content) -> str:
+    """Return the section of tests/benchmarks/README.md: all rows, all targets, and how they were measured."""
+    machine = content["machine"]
+    libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
     lines = [
-        f"{machine['processor']}, server on one core and generator on another, {machine['threads']} thread; ONNX Runtime "
-        f"{machine['libraries']['onnxruntime']}, {', '.join(machine['peers'])}. Medians of {rounds} interleaved round"
-        f"{'s' if rounds > 1 else ''} (half the interquartile range), and ratios to the first column. One item a request: a "
-        "photograph (PNG, base64), or a word where it says so. Each peer as it is quickest at 16 and 64 connections; at one "
-        "connection, as it is quickest there and still batches. "
-        f"`{content['command']}` wrote this in {content['minutes']} minutes.",
+        f"`{content['command']}` measured these figures in {content['minutes']} minutes.",
         "",
-        *table(content),
+        f"- Machine: {machine['processor']} (CPU only), {machine['cores']} cores, {machine['system']}, "
+        f"Python {machine['python']}.",
+        f"- Model: {_bundle(content)}; {machine['threads']} ONNX Runtime thread.",
+        f"- Largest difference between Concord's embeddings and those of another server: {content['largest_difference']:.1e}.",
+        f"- Versions: {libraries}; competitors: {', '.join(f'`{package}`' for package in machine['competitors'])}.",
+        f"- Rounds: {_count_rounds(content)}.",
+        *_settings(content),
         "",
-        "| target | wanted | reached | |",
+        *table(content, limit=True),
+        *workers_table(content),
+        "",
+        "| target | required | measured | result |",
         "| --- | --- | --- | --- |",
         *(target.row() for target in targets(content)),
     ]
-    if figures := content.get("figures"):
-        lines += ["", f"How it scales: {', '.join(f'[{name}]({path})' for name, path in figures.items())}."]
+    if "scaling" in content:
+        lines += [
+            "",
+            "Throughput and memory against batch size, latent size, number of modalities and number of refinement steps: "
+            f"[{FIGURE}](results/{FIGURE}).",
+        ]
     return "\n".join(lines)
 
 
-def table(content: Content) -> list[str]:
-    """A row for each figure, a column for each contestant."""
-    rounds: Mapping[str, Sequence[Mapping[str, float]]] = content["rounds"]
-    lines = [f"| | {' | '.join(one.title for one in ALL)} |", f"| --- |{' --- |' * len(ALL)}"]
-    for name, (title, form) in _titles(rounds[OURS.name][0]).items():
-        ours = median(rounds, OURS.name, name)
+def table(content: Content, names: Iterable[str] | None = None, *, spread: bool = True, limit: bool = False) -> list[str]:
+    """Return the lines of a table with a row for each figure and a column for each server.
+
+    Args:
+        content: the results.
+        names: of the figures. None: all figures.
+        spread: whether cells show half the interquartile range of the rounds.
+        limit: whether a last column shows ``composed_limits``.
+    """
+    rounds: Rounds = content["rounds"]
+    titles = _titles(rounds[CONCORD.name][0])
+    limits = composed_limits(content) if limit else {}
+    heads = [*(server.title for server in SERVERS), *(["composed limit"] if limit else [])]
+    lines = [f"| | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    for name in titles if names is None else names:
+        title, form = titles[name]
+        concord = median(rounds, CONCORD.name, name)
         cells = []
-        for one in ALL:
-            values = np.array([found[name] for found in rounds[one.name] if name in found])
+        for server in SERVERS:
+            values = np.array([figures[name] for figures in rounds[server.name] if name in figures])
             if not len(values):
                 cells.append("")
                 continue
             middle, low, high = np.quantile(values, (0.5, 0.25, 0.75))
-            spread = f" ± {form.format((high - low) / 2)}" if len(values) > 1 else ""
-            ratio = f" ({middle / ours:.2f})" if one is not OURS and ours else ""
-            failed = _failed(name, rounds[one.name])
-            cells.append(f"{form.format(middle)}{spread}{ratio}{f', {failed:.0%} failed' if failed > 0.001 else ''}")
+            deviation = f" ± {form.format((high - low) / 2)}" if spread and len(values) > 1 else ""
+            ratio = f" ({middle / concord:.2f})" if server is not CONCORD and concord else ""
+            failed = _failed_share(name, rounds[server.name])
+            cells.append(f"{form.format(middle)}{deviation}{ratio}{f', {failed:.0%} failed' if failed > 0.001 else ''}")
+        if limit:
+            cells.append(f"{form.format(limits[name])} (Concord: {concord / limits[name]:.2f})" if name in limits else "")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
 
+def composed_limits(content: Content) -> dict[str, float]:
+    """Return the throughput of a server that does the work of the no-op route and then that of parsing and encoding without a
+    server, one after the other on one core, for each row of throughput: in batches of 32, and of one row at 1 connection."""
+    rounds: Rounds = content["rounds"]
+    inside = content["inside"]
+    limits = {}
+    for name in rounds[NOOP.name][0]:
+        if match := re.fullmatch(r"(word_|wrk_)?rps_(\d+)", name):
+            work = "raw_picture_rps" if match[2] == "1" else "raw_bulk_word_rps" if match[1] == "word_" else "raw_bulk_rps"
+            if work in inside:  # results of earlier versions lack words
+                limits[name] = 1 / (1 / median(rounds, NOOP.name, name) + 1 / float(np.median(inside[work])))
+    return limits
+
+
+def workers_table(content: Content) -> list[str]:
+    """Return the lines of the table of worker processes; none if they were not measured."""
+    if not content.get("workers"):
+        return []
+    lines = [
+        "",
+        "Worker processes on as many cores, 64 connections, wrk. If wrk shares the cores, its processor time is subtracted:",
+        "",
+        "| workers | requests/s, a photo | requests/s, a word | CPU seconds per 1,000 photos | … words | resident memory, MB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for count in content["workers"]:
+        cells = []
+        for name, form in (
+            ("photo_rps", "{:,.0f}"),
+            ("word_rps", "{:,.0f}"),
+            ("photo_cpu_s_per_1000", "{:.2f}"),
+            ("word_cpu_s_per_1000", "{:.2f}"),
+            ("resident_mb", "{:.0f}"),
+        ):
+            ratio = f" ({_workers(content, count, name) / _workers(content, '1', name):.2f})" if count != "1" else ""
+            cells.append(f"{form.format(_workers(content, count, name))}{ratio}")
+        lines.append(f"| {count} | {' | '.join(cells)} |")
+    return lines
+
+
+def _workers(content: Content, count: str, name: str) -> float:
+    return float(np.median([figures[name] for figures in content["workers"][count]]))
+
+
 def targets(content: Content) -> list[Target]:
-    """Each with what was reached."""
-    rounds, inside = content["rounds"], {name: float(np.median(values)) for name, values in content["inside"].items()}
+    """Return the targets with the measured values."""
+    rounds: Rounds = content["rounds"]
+    inside = {name: float(np.median(values)) for name, values in content["inside"].items()}
 
-    def of(contestant: str, name: str) -> float:
-        return median(rounds, contestant, name)
+    def concord(name: str) -> float:
+        return median(rounds, CONCORD.name, name)
 
-    def best(name: str, choose: Any) -> float:
-        return float(choose(of(peer.name, name) for peer in PEERS))
+    def competitors(name: str) -> list[float]:
+        return [median(rounds, server.name, name) for server in COMPETITORS]
 
-    ours = OURS.name
-    return [
-        *(
-            Target(
-                f"throughput at {n} connections, of the best peer's", of(ours, f"rps_{n}") / best(f"rps_{n}", max), 2.0, True
-            )
-            for n in CONNECTIONS[1:]
+    throughput = [
+        Target(
+            f"throughput at {clients} connections vs best competitor",
+            concord(f"rps_{clients}") / max(competitors(f"rps_{clients}")),
+            2.0,
+            at_least=True,
+        )
+        for clients in CONNECTIONS[1:]
+    ]
+    throughput.append(
+        Target(
+            "throughput at 64 connections vs best competitor, a word",
+            concord("word_rps_64") / max(competitors("word_rps_64")),
+            4.0,
+            at_least=True,
+        )
+    )
+    if "2" in content.get("workers", {}):
+        ratio = _workers(content, "2", "photo_rps") / _workers(content, "1", "photo_rps")
+        throughput.append(Target("throughput of 2 workers on 2 cores vs 1 on 1", ratio, 1.85, at_least=True))
+    latency = [
+        Target(
+            "p50 at 1 connection vs best competitor",
+            concord("p50_1_ms") / min(competitors("p50_1_ms")),
+            P50_BOUND,
+            at_least=False,
         ),
         Target(
-            "p50 at 1 connection, of the best batching peer's",
-            of(ours, "p50_1_ms") / best("p50_1_ms", min),
-            0.5,
-            False,
+            "p50 at 1 connection vs FastAPI without batching",
+            concord("p50_1_ms") / median(rounds, PLAIN.name, "p50_1_ms"),
+            1.0,
+            at_least=False,
         ),
-        Target("p50 at 1 connection, of plain FastAPI's", of(ours, "p50_1_ms") / of(PLAIN.name, "p50_1_ms"), 1.15, False),
         *(
             Target(
-                f"throughput at 64 connections, of a no-op route's ({kind})", of(ours, name) / of(NOOP.name, name), 0.6, True
+                f"{quantile} at 1000 requests/s vs FastAPI without batching",
+                concord(f"{quantile}_at_1000_ms") / median(rounds, PLAIN.name, f"{quantile}_at_1000_ms"),
+                1.0,
+                at_least=False,
             )
-            for kind, name in (("photograph", "rps_64"), ("word", "word_rps_64"))
+            for quantile in ("p50", "p99")
         ),
-        Target("32 items, base64: of ONNX Runtime and decoding alone", inside["bulk_rps"] / inside["raw_bulk_rps"], 0.8, True),
+    ]
+    limits = composed_limits(content)
+    overhead = [
         *(
             Target(
-                f"a refinement step of {rows} row{'s' if rows > 1 else ''}, of the graph's call",
+                f"{kind} throughput at 64 connections vs the composed limit",
+                concord(name) / limits[name],
+                0.9,
+                at_least=True,
+            )
+            for kind, name in (("photo", "rps_64"), ("word", "word_rps_64"))
+            if name in limits
+        ),
+        Target(
+            "throughput of 32-item requests vs parsing and encoding without a server",
+            inside["bulk_rps"] / inside["raw_bulk_rps"],
+            0.8,
+            at_least=True,
+            note="can exceed 1: the loop without a server runs every encoder, Concord skips those of absent modalities",
+        ),
+        *(
+            Target(
+                f"refinement step of {rows} row{'s' if rows > 1 else ''} vs the graph alone",
                 inside[f"step_{rows}_ms"] / inside[f"graph_step_{rows}_ms"],
                 1.15,
-                False,
+                at_least=False,
             )
             for rows in (1, 32)
         ),
+    ]
+    refinement = [
         Target(
-            f"p99 of requests without refinement where one in ten takes 20 steps, of theirs alone (to completion: "
-            f"{inside['completion_p99_ms'] / inside['alone_p99_ms']:.2f})",
+            "p99 of plain requests with 10% refined requests vs none",
             inside["mixed_p99_ms"] / inside["alone_p99_ms"],
-            2.0,
-            False,
+            1.5,
+            at_least=False,
+            note="refined requests take 20 steps; with run-to-completion batches: "
+            f"{inside['completion_p99_ms'] / inside['alone_p99_ms']:.2f}",
         ),
         Target(
-            "4 refinement steps over HTTP, of PyTorch's eager autograd",
+            "4 refinement steps over HTTP vs PyTorch eager autograd",
             inside["four_steps_ms"] / inside["torch_eager_ms"],
             0.35,
-            False,
+            at_least=False,
         ),
-        Target("the same by the graphs alone", inside["torch_graphs_ms"] / inside["torch_eager_ms"], 0.35, False),
-        Target("cold start, seconds", of(ours, "cold_start_s"), 2.0, False),
-        Target("resident memory, MB", of(ours, "resident_mb"), 300.0, False, "{:.0f}"),
+        Target(
+            "4 refinement steps of the graphs alone vs PyTorch eager autograd",
+            inside["torch_graphs_ms"] / inside["torch_eager_ms"],
+            0.35,
+            at_least=False,
+        ),
     ]
+    resources = [
+        Target("cold start, s", concord("cold_start_s"), 0.8, at_least=False),
+        Target("resident memory, MB", concord("resident_mb"), 200.0, at_least=False, form="{:.0f}"),
+    ]
+    return [*throughput, *latency, *overhead, *refinement, *resources]
 
 
-def median(rounds: Mapping[str, Sequence[Mapping[str, float]]], contestant: str, name: str) -> float:
-    return float(np.median([found[name] for found in rounds[contestant] if name in found]))
+def median(rounds: Rounds, server: str, name: str) -> float:
+    """Return the median of a figure of one server over the rounds that have it."""
+    return float(np.median([figures[name] for figures in rounds[server] if name in figures]))
 
 
-def write(readme: Path, content: Content) -> None:
-    """Put the section between the README's markers.
+def write(content: Content, readme: Path = README, benchmark_readme: Path = BENCHMARK_README) -> None:
+    """Write the generated sections of the two documents.
 
     Raises:
-        ValueError: it has no such markers.
+        AssertionError: a document lacks the markers of its section.
     """
-    begin, end = MARKERS
-    text = readme.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise ValueError(f"{readme}: lacks the markers {begin} and {end}")
-    before, rest = text.split(begin, 1)
-    readme.write_text(f"{before}{begin}\n{section(content)}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+    for document, marker, section in (
+        (readme, README_MARKER, performance_section(content)),
+        (benchmark_readme, BENCHMARK_MARKER, benchmark_section(content)),
+    ):
+        document.write_text(with_section(document.read_text(encoding="utf-8"), marker, section), encoding="utf-8")
 
 
-def _failed(name: str, rounds: Sequence[Mapping[str, float]]) -> float:
-    """The largest share of requests that had no answer where this quantile was measured."""
-    found = _QUANTILE.fullmatch(name)
-    return max(one[f"failed_at_{found[1]}"] for one in rounds) if found else 0.0
+def _count_rounds(content: Content) -> str:
+    rounds = len(content["rounds"][CONCORD.name])
+    return f"{rounds} interleaved rounds" if rounds > 1 else "1 round"
+
+
+def _bundle(content: Content) -> str:
+    if "bundle" not in content:
+        return "the measured version of the built-in bundle is not recorded"
+    return f"bundle `{content['bundle']['name']}`, SHA-256 `{content['bundle']['sha256'][:12]}…`"
+
+
+def _settings(content: Content) -> list[str]:
+    """Return list items with the variant of each server that has more than one."""
+
+    def variants(key: str) -> str:
+        return "; ".join(
+            f"{server.title} {' '.join(f'`{name}={value}`' for name, value in content[key][server.name].items())}"
+            for server in SERVERS
+            if len(server.variants) > 1
+        )
+
+    lines = [f"- Settings: {variants('chosen')}."]
+    if "chosen_for_one" in content:
+        lines.append(f"- Settings at 1 connection: {variants('chosen_for_one')}.")
+    return lines
+
+
+def _failed_share(name: str, rounds: Sequence[Mapping[str, float]]) -> float:
+    """Return the largest share of failed requests in the open loop of a percentile, over the rounds; 0 for other figures."""
+    match = _PERCENTILE.fullmatch(name)
+    return max(figures[f"failed_at_{match[1]}"] for figures in rounds) if match else 0.0
 
 
 def _titles(figures: Mapping[str, float]) -> dict[str, tuple[str, str]]:
-    """What each row is called, and how its numbers are written."""
-    rates = dict.fromkeys(int(found[1]) for name in figures if (found := _QUANTILE.fullmatch(name)))
-    clients = CONNECTIONS[1:]
+    """Return the title and the number format of each row."""
+    rates = dict.fromkeys(int(match[1]) for name in figures if (match := _PERCENTILE.fullmatch(name)))
     return {
         **{f"rps_{n}": (f"requests/s, {n} connection{'s' if n > 1 else ''}", "{:,.0f}") for n in CONNECTIONS},
-        **{f"word_rps_{n}": (f"requests/s, {n} connections, a word", "{:,.0f}") for n in clients},
-        "p50_1_ms": ("p50 at 1 connection, ms", "{:.2f}"),
-        **{f"{q}_at_{rate}_ms": (f"{q} at {rate} requests/s, ms", "{:.1f}") for rate in rates for q in ("p50", "p99")},
+        **{f"wrk_rps_{n}": (f"requests/s, {n} connections, wrk", "{:,.0f}") for n in CONNECTIONS if f"wrk_rps_{n}" in figures},
+        **{f"word_rps_{n}": (f"requests/s, {n} connections, a word", "{:,.0f}") for n in CONNECTIONS[1:]},
+        "p50_1_ms": ("p50 latency at 1 connection, ms", "{:.2f}"),
+        **{f"{q}_at_{rate}_ms": (f"{q} latency at {rate} requests/s, ms", "{:.1f}") for rate in rates for q in ("p50", "p99")},
         "goodput_rps": (f"goodput: requests/s with p99 ≤ {LIMIT_MS} ms", "{:,.0f}"),
         "cpu_s_per_1000": ("CPU seconds per 1,000 requests", "{:.2f}"),
         "resident_mb": ("resident memory, MB", "{:.0f}"),
         "cold_start_s": ("cold start, s", "{:.2f}"),
     }
+
+
+if __name__ == "__main__":
+    write(json.loads(LATEST.read_text()))

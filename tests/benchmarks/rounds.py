@@ -1,110 +1,125 @@
-"""One contestant in one round: closed loops, open loops, and what it took from the machine."""
+"""The measurements of one server in one round: closed loops, open loops, processor time and memory."""
 
 import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tests.benchmarks.contestants import Contestant, Item
+from tests.benchmarks import wrk
 from tests.benchmarks.plan import CONNECTIONS, LIMIT_MS, Plan
-from tests.benchmarks.process import Process
-from tests.traffic import Answer, Connections, closed, flow, quantiles
+from tests.benchmarks.process import GENERATOR_CORE, Process
+from tests.benchmarks.servers import NOOP, Item, Server
+from tests.support.traffic import Connections, TimedResponse, closed_loop, open_loop, quantiles
 
 Figures = dict[str, float]
 
-PACES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
-"""Of the saturation throughput, tried from above for the goodput."""
+LOAD_FRACTIONS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
+"""Fractions of the saturation throughput that the goodput search tries, highest first."""
 TOLERANCE = 1e-5
+"""Largest absolute difference between two servers' embeddings."""
 
 
-async def measure(
-    contestant: Contestant, process: Process, plan: Plan, pictures: Sequence[Item], words: Sequence[Item]
-) -> Figures:
-    """Everything about a server that just came up."""
-    figures = {"cold_start_s": process.cold_start}
-    requests = contestant.requests(pictures)
+async def measure(server: Server, process: Process, plan: Plan, photos: Sequence[Item], words: Sequence[Item]) -> Figures:
+    """Return all figures of a server that has just started."""
+    figures = {"cold_start_s": process.cold_start_seconds}
+    requests = server.requests(photos)
     async with Connections(process.port) as connections:
-        await closed(connections, requests, 8, plan.warm)
-        generator, began = time.process_time(), time.monotonic()
-        figures |= await saturate(connections, requests, plan.closed)
-        figures["p50_1_ms"] = quantiles(await in_turn(connections, requests, plan.closed))["p50"]
+        await closed_loop(connections, requests, 8, plan.warmup)
+        generator_cpu, began = time.process_time(), time.monotonic()
+        figures["p50_1_ms"] = quantiles(await sequential(connections, requests, plan.closed_loop))["p50"]
+        figures |= await saturate(connections, requests, plan.closed_loop)
         for clients in CONNECTIONS[1:]:
-            figures[f"word_rps_{clients}"] = await closed(connections, contestant.requests(words), clients, plan.closed)
-        figures["cpu_s_per_1000"] = await _cpu(connections, process, requests, plan.closed)
-        figures["generator_busy"] = (time.process_time() - generator) / (time.monotonic() - began)
-        if contestant.name != "noop":
+            figures[f"word_rps_{clients}"] = await closed_loop(connections, server.requests(words), clients, plan.closed_loop)
+        if wrk.is_installed():
+            bodies = [server.build_body([item]) for item in photos]
+            rate, _ = wrk.closed_loop(process.port, server.path, bodies, CONNECTIONS[-1], plan.closed_loop, [GENERATOR_CORE])
+            figures[f"wrk_rps_{CONNECTIONS[-1]}"] = rate
+        figures["cpu_s_per_1000"] = await _cpu_seconds_per_1000(connections, process, requests, plan.closed_loop)
+        figures["generator_busy"] = (time.process_time() - generator_cpu) / (time.monotonic() - began)
+        if server.name != NOOP.name:
             for rate in plan.rates:
-                figures |= _paced(await flow(connections, requests, rate, plan.paced), rate)
-            figures["goodput_rps"] = await goodput(connections, requests, figures[f"rps_{CONNECTIONS[-1]}"], plan.probe)
+                figures |= _open_loop_figures(await open_loop(connections, requests, rate, plan.open_loop), rate)
+            saturation = figures[f"rps_{CONNECTIONS[-1]}"]
+            figures["goodput_rps"] = await goodput(connections, requests, saturation, plan.probe)
         figures["resident_mb"] = process.resident_bytes() / 2**20
     return figures
 
 
-async def measure_alone(contestant: Contestant, process: Process, plan: Plan, pictures: Sequence[Item]) -> Figures:
-    """What ``measure`` tells of one connection."""
-    requests = contestant.requests(pictures)
+async def measure_one_connection(server: Server, process: Process, plan: Plan, photos: Sequence[Item]) -> Figures:
+    """Return the figures of ``measure`` that use one connection."""
+    requests = server.requests(photos)
     async with Connections(process.port) as connections:
-        await in_turn(connections, requests, plan.warm)
-        rate = await closed(connections, requests, 1, plan.closed)
-        return {"rps_1": rate, "p50_1_ms": quantiles(await in_turn(connections, requests, plan.closed))["p50"]}
+        await sequential(connections, requests, plan.warmup)
+        rate = await closed_loop(connections, requests, 1, plan.closed_loop)
+        return {"rps_1": rate, "p50_1_ms": quantiles(await sequential(connections, requests, plan.closed_loop))["p50"]}
 
 
 async def saturate(connections: Connections, requests: Sequence[bytes], seconds: float) -> Figures:
-    """Answers a second at each number of connections."""
-    return {f"rps_{clients}": await closed(connections, requests, clients, seconds) for clients in CONNECTIONS}
+    """Return responses per second in a closed loop, for each number of connections."""
+    return {f"rps_{clients}": await closed_loop(connections, requests, clients, seconds) for clients in CONNECTIONS}
 
 
-async def in_turn(connections: Connections, requests: Sequence[bytes], seconds: float) -> list[Answer]:
-    """One request after the other."""
-    answers: list[Answer] = []
+async def sequential(connections: Connections, requests: Sequence[bytes], seconds: float) -> list[TimedResponse]:
+    """Send one request at a time and return the responses.
+
+    Raises:
+        AssertionError: a response has another status than 200.
+    """
+    responses: list[TimedResponse] = []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        answers.append(await connections.ask(requests[len(answers) % len(requests)]))
-        assert answers[-1].status == 200, answers[-1]
-    return answers
+        responses.append(await connections.send(requests[len(responses) % len(requests)]))
+        assert responses[-1].status == 200, responses[-1]
+    return responses
 
 
-async def goodput(connections: Connections, requests: Sequence[bytes], peak: float, seconds: float) -> float:
-    """Answers a second at the highest of the paces at which none fails and 99 of 100 come within ``LIMIT_MS`` of when their
-    requests were due; 0 where no pace is low enough."""
-    for pace in PACES:
-        answers = await flow(connections, requests, pace * peak, seconds)
-        if all(answer.status == 200 for answer in answers) and quantiles(answers).get("p99", np.inf) <= LIMIT_MS:
-            return len(answers) / seconds
+async def goodput(connections: Connections, requests: Sequence[bytes], saturation: float, seconds: float) -> float:
+    """Return responses per second at the highest load that meets the latency limit, or 0 if no tried load does.
+
+    A load meets the limit if no request fails and the 99th percentile of the latency, counted from when each request is due, is
+    at most ``LIMIT_MS``.
+
+    Args:
+        saturation: requests per second that the server can process. The search tries the LOAD_FRACTIONS of it.
+        seconds: for each load.
+    """
+    for fraction in LOAD_FRACTIONS:
+        responses = await open_loop(connections, requests, fraction * saturation, seconds)
+        if all(response.status == 200 for response in responses) and quantiles(responses).get("p99", np.inf) <= LIMIT_MS:
+            return len(responses) / seconds
     return 0.0
 
 
-async def assert_alike(contestants: Mapping[str, tuple[Contestant, Process]], items: Sequence[Item]) -> float:
-    """The largest difference between anybody's embeddings and the first one's.
+async def verify_same_embeddings(servers: Mapping[str, tuple[Server, Process]], items: Sequence[Item]) -> float:
+    """Return the largest absolute difference between the embeddings of any server and those of the first one.
 
     Raises:
-        AssertionError: it is above 1e-5: they do not serve the same model.
+        AssertionError: the difference is above TOLERANCE, so the servers do not serve the same model, or a request fails.
     """
-    found = {}
-    for name, (contestant, process) in contestants.items():
+    embeddings = {}
+    for name, (server, process) in servers.items():
         async with Connections(process.port) as connections:
-            answers = [await connections.ask(request) for request in contestant.requests(items)]
-        assert all(answer.status == 200 for answer in answers), f"{name}: {answers[0]}"
-        found[name] = np.concatenate([contestant.read(answer.body) for answer in answers])
-    reference = next(iter(found.values()))
-    differences = {name: float(np.abs(vectors - reference).max()) for name, vectors in found.items()}
-    assert max(differences.values()) <= TOLERANCE, f"the answers differ: {differences}"
+            responses = [await connections.send(request) for request in server.requests(items)]
+        assert all(response.status == 200 for response in responses), f"{name}: {responses[0]}"
+        embeddings[name] = np.concatenate([server.parse_embeddings(response.body) for response in responses])
+    reference = next(iter(embeddings.values()))
+    differences = {name: float(np.abs(values - reference).max()) for name, values in embeddings.items()}
+    assert max(differences.values()) <= TOLERANCE, f"embeddings differ by more than {TOLERANCE}: {differences}"
     return max(differences.values())
 
 
-async def _cpu(connections: Connections, process: Process, requests: Sequence[bytes], seconds: float) -> float:
-    """Seconds of processor time for 1,000 requests at 16 connections."""
+async def _cpu_seconds_per_1000(connections: Connections, process: Process, requests: Sequence[bytes], seconds: float) -> float:
+    """Return the server's processor time for 1,000 requests at 16 connections, in seconds."""
     before, began = process.cpu_seconds(), time.monotonic()
-    rate = await closed(connections, requests, 16, seconds)
+    rate = await closed_loop(connections, requests, 16, seconds)
     return 1000 * (process.cpu_seconds() - before) / (rate * (time.monotonic() - began))
 
 
-def _paced(answers: Sequence[Answer], rate: int) -> Figures:
-    good = [answer for answer in answers if answer.status == 200]
-    told = quantiles(good)
-    failed = 1 - len(good) / max(1, len(answers))
+def _open_loop_figures(responses: Sequence[TimedResponse], rate: int) -> Figures:
+    succeeded = [response for response in responses if response.status == 200]
+    latencies = quantiles(succeeded)
     return {
-        f"p50_at_{rate}_ms": told.get("p50", np.nan),
-        f"p99_at_{rate}_ms": told.get("p99", np.nan),
-        f"failed_at_{rate}": failed,
+        f"p50_at_{rate}_ms": latencies.get("p50", np.nan),
+        f"p99_at_{rate}_ms": latencies.get("p99", np.nan),
+        f"failed_at_{rate}": 1 - len(succeeded) / max(1, len(responses)),
     }

@@ -1,4 +1,4 @@
-"""Servers in processes of their own: started on their core, seen whole, and gone afterwards."""
+"""Servers in separate processes: start on their core, measurement of all processes, and stop."""
 
 import socket
 import sys
@@ -10,61 +10,61 @@ from tests.benchmarks.process import SERVER_CORE, NotStartedError, free_ports, r
 
 SERVER = """
 import http.server, os, subprocess, sys
-if sys.argv[2] == "family":
-    stray = "import os, signal, time; os.setsid(); signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-    subprocess.Popen([sys.executable, "-c", f"{stray}; held = bytearray(50_000_000); time.sleep(600)"])
+if sys.argv[2] == "worker":
+    worker = "import os, signal, time; os.setsid(); signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    subprocess.Popen([sys.executable, "-c", f"{worker}; memory = bytearray(50_000_000); time.sleep(600)"])
 print(sorted(os.sched_getaffinity(0)), flush=True)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
 """
 
 
-def start(port: int, kind: str = "alone") -> list[str]:
+def server_command(port: int, kind: str = "single") -> list[str]:
     return [sys.executable, "-c", SERVER, str(port), kind]
 
 
-def test_a_family_is_counted_and_ended_even_where_it_ignores_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BentoML's and LitServe's workers are such children."""
+def test_running_with_a_worker_that_ignores_sigterm_counts_and_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker is in a session that differs from its parent's, like the workers of BentoML and LitServe."""
     monkeypatch.setattr("tests.benchmarks.process.STOP_SECONDS", 0.5)
     (port,) = free_ports(1)
-    with running(start(port, "family"), {}, port, "/") as server:
+    with running(server_command(port, "worker"), {}, port, "/") as server:
         until = time.monotonic() + 20
-        while len(server.family()) < 2 or server.resident_bytes() < 50_000_000:
+        while len(server.process_ids()) < 2 or server.resident_bytes() < 50_000_000:
             assert time.monotonic() < until
             time.sleep(0.05)
-        family = server.family()
-        assert server.cold_start > 0
+        pids = server.process_ids()
+        assert server.cold_start_seconds > 0
         assert server.cpu_seconds() > 0
-    assert not [pid for pid in family if _alive(pid)]
+    assert not [pid for pid in pids if _is_running(pid)]
     require_free(port)
 
 
-def test_what_does_not_start_says_why() -> None:
+def test_running_with_a_failing_command_raises_with_its_output() -> None:
     (port,) = free_ports(1)
     with pytest.raises(NotStartedError, match="ZeroDivisionError"), running([sys.executable, "-c", "1/0"], {}, port, "/"):
         pass
 
 
-def test_a_taken_port_is_told_before_anything_starts() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(NotStartedError, match="is taken"), running(start(port), {}, port, "/"):
+def test_running_on_a_port_in_use_raises_before_the_start() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(NotStartedError, match="is in use"), running(server_command(port), {}, port, "/"):
             pass
 
 
-def test_ports_differ() -> None:
+def test_free_ports_are_different() -> None:
     assert len(set(free_ports(5))) == 5
 
 
-def test_the_server_has_its_core() -> None:
+def test_running_pins_the_server_to_its_core() -> None:
     (port,) = free_ports(1)
-    with running(start(port), {}, port, "/") as server:
-        (pid,) = server.family()
+    with running(server_command(port), {}, port, "/") as server:
+        (pid,) = server.process_ids()
         with open(f"/proc/{pid}/status") as status:  # noqa: PTH123
             allowed = next(line for line in status if line.startswith("Cpus_allowed_list"))
     assert allowed.split()[1] == str(SERVER_CORE)
 
 
-def _alive(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123
             return stat.read().rpartition(")")[2].split()[0] != "Z"

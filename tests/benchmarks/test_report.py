@@ -1,12 +1,26 @@
-"""The tables say what was measured: medians, ratios to ours, and what was missed by how much."""
+"""The tables: medians, ratios to Concord, targets, and agreement of the documents with the committed results."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.benchmarks.contestants import ALL, NOOP, OURS, PLAIN
-from tests.benchmarks.report import Target, section, targets, write
+from tests.benchmarks.__main__ import describe_bundle
+from tests.benchmarks.report import (
+    BENCHMARK_MARKER,
+    BENCHMARK_README,
+    LATEST,
+    README,
+    README_MARKER,
+    Target,
+    benchmark_section,
+    performance_section,
+    targets,
+    write,
+)
+from tests.benchmarks.servers import CONCORD, NOOP, PLAIN, SERVERS
+from tests.support.documents import section
 
 FIGURES = {
     "rps_1": 100.0,
@@ -14,10 +28,13 @@ FIGURES = {
     "rps_64": 100.0,
     "word_rps_16": 100.0,
     "word_rps_64": 100.0,
-    "p50_1_ms": 2.0,
-    "p50_at_100_ms": 1.0,
-    "p99_at_100_ms": 4.0,
-    "failed_at_100": 0.0,
+    "p50_1_ms": 10.0,
+    "p50_at_400_ms": 1.0,
+    "p99_at_400_ms": 4.0,
+    "failed_at_400": 0.0,
+    "p50_at_1000_ms": 1.0,
+    "p99_at_1000_ms": 4.0,
+    "failed_at_1000": 0.0,
     "goodput_rps": 90.0,
     "cpu_s_per_1000": 1.0,
     "resident_mb": 200.0,
@@ -26,6 +43,8 @@ FIGURES = {
 INSIDE = {
     "bulk_rps": 90.0,
     "raw_bulk_rps": 100.0,
+    "raw_bulk_word_rps": 25.0,
+    "raw_picture_rps": 300.0,
     "step_1_ms": 1.1,
     "graph_step_1_ms": 1.0,
     "step_32_ms": 40.0,
@@ -37,57 +56,165 @@ INSIDE = {
     "torch_eager_ms": 20.0,
     "torch_graphs_ms": 5.0,
 }
+MISSED = 6
+"""Targets that these figures miss."""
 
 
 @pytest.fixture
 def content() -> dict[str, Any]:
-    rounds = {one.name: [dict(FIGURES) for _ in range(3)] for one in ALL}
-    for speed, found in zip((240.0, 260.0, 1000.0), rounds[OURS.name], strict=True):
-        found["rps_16"] = speed
-    rounds["litserve"][1]["failed_at_100"] = 0.25
-    for found in rounds[NOOP.name]:
-        del found["goodput_rps"]
+    rounds = {server.name: [dict(FIGURES) for _ in range(3)] for server in SERVERS}
+    for rate, figures in zip((240.0, 260.0, 1000.0), rounds[CONCORD.name], strict=True):
+        figures["rps_16"] = rate
+    rounds["litserve"][1]["failed_at_400"] = 0.25
+    for figures in rounds[NOOP.name]:
+        del figures["goodput_rps"]
     return {
         "command": "make bench",
         "minutes": 30.0,
-        "machine": {"processor": "a processor", "threads": 1, "libraries": {"onnxruntime": "1"}, "peers": ["litserve==1"]},
+        "bundle": {"name": "digits", "sha256": "0123456789abcdef"},
+        "machine": {
+            "processor": "a processor",
+            "cores": 2,
+            "system": "Linux",
+            "python": "3.11",
+            "threads": 1,
+            "libraries": {"onnxruntime": "1"},
+            "competitors": ["litserve==1"],
+        },
+        "largest_difference": 4e-8,
         "rounds": rounds,
-        "chosen": {one.name: {"BATCH": "32"} for one in ALL},
+        "chosen": {server.name: {"BATCH": "32"} for server in SERVERS},
         "inside": {name: [value] for name, value in INSIDE.items()},
     }
 
 
-def test_cells_are_medians_and_ratios(content: dict[str, Any]) -> None:
-    lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in section(content).splitlines()}
-    assert lines["requests/s, 16 connections"][:2] == ["260 ± 190", "100 ± 0 (0.38)"]
-    assert lines["p50 at 100 requests/s, ms"][1] == "1.0 ± 0.0 (1.00), 25% failed"
-    assert lines["requests/s, 1 connection"][1] == "100 ± 0 (1.00)"
-    assert lines["goodput: requests/s with p99 ≤ 50 ms"][-1].strip(" |") == ""
-    assert PLAIN.title in section(content)
+def rows(text: str) -> dict[str, list[str]]:
+    """Return the cells of all table rows by their first cell."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
-def test_targets_say_what_was_reached(content: dict[str, Any]) -> None:
-    found = {target.what.partition(",")[0]: target for target in targets(content)}
-    assert found["throughput at 16 connections"].reached == pytest.approx(2.6)
-    assert found["throughput at 16 connections"].met
-    assert found["a refinement step of 32 rows"].row().endswith("| ≤ 1.15 | 1.25 | missed by 9% |")
-    assert found["p99 of requests without refinement where one in ten takes 20 steps"].reached == pytest.approx(2.5)
+def test_benchmark_section_cells_show_medians_spreads_and_ratios(content: dict[str, Any]) -> None:
+    text = benchmark_section(content)
+    cells = rows(text)
+    assert cells["requests/s, 16 connections"][:2] == ["260 ± 190", "100 ± 0 (0.38)"]
+    assert cells["p50 latency at 400 requests/s, ms"][1] == "1.0 ± 0.0 (1.00), 25% failed"
+    assert cells["requests/s, 1 connection"][1] == "100 ± 0 (1.00)"
+    assert cells["goodput: requests/s with p99 ≤ 50 ms"][-2] == ""
+    assert cells["requests/s, 1 connection"][-1] == "75 (Concord: 1.33)", "no-op 100, parsing and encoding 300"
+    assert cells["requests/s, 16 connections"][-1] == "50 (Concord: 5.20)", "in batches 100"
+    assert cells["requests/s, 64 connections, a word"][-1] == "20 (Concord: 5.00)"
+    assert PLAIN.title in text
 
 
-@pytest.mark.parametrize(("reached", "at_least", "met"), [(2.0, True, True), (1.9, True, False), (2.1, False, False)])
-def test_a_bound_is_met_on_its_side(reached: float, at_least: bool, met: bool) -> None:
-    assert Target("x", reached, 2.0, at_least).met == met
+def test_benchmark_section_names_machine_bundle_versions_settings_and_command(content: dict[str, Any]) -> None:
+    text = benchmark_section({**content, "chosen_for_one": content["chosen"], "scaling": {}})
+    for part in (
+        "`make bench` measured these figures in 30.0 minutes",
+        "a processor (CPU only), 2 cores, Linux, Python 3.11",
+        "bundle `digits`, SHA-256 `0123456789ab…`",
+        "onnxruntime 1; competitors: `litserve==1`",
+        "3 interleaved rounds",
+        "- Settings: LitServe `BATCH=32`; ",
+        "- Settings at 1 connection: LitServe `BATCH=32`; ",
+        "(results/scaling.png)",
+    ):
+        assert part in text
 
 
-def test_it_goes_between_the_markers(content: dict[str, Any], tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# Text\n<!-- performance -->\nformer\n<!-- /performance -->\nmore\n")
-    write(readme, content)
-    write(readme, content)
-    text = readme.read_text()
-    assert text.startswith("# Text\n<!-- performance -->\na processor")
-    assert text.endswith("<!-- /performance -->\nmore\n")
-    assert "former" not in text
-    readme.write_text("nothing")
-    with pytest.raises(ValueError, match="lacks the markers"):
-        write(readme, content)
+def test_workers_table_shows_ratios_to_one_worker(content: dict[str, Any]) -> None:
+    one = {
+        "photo_rps": 100.0,
+        "word_rps": 200.0,
+        "photo_cpu_s_per_1000": 1.0,
+        "word_cpu_s_per_1000": 0.5,
+        "resident_mb": 200.0,
+    }
+    two = {name: 2 * value for name, value in one.items()} | {"photo_rps": 190.0}
+    assert "Worker processes" not in benchmark_section(content)
+    content["workers"] = {"1": [one], "2": [two]}
+    cells = rows(benchmark_section(content))
+    assert cells["1"][:2] == ["100", "200"]
+    assert cells["2"][:2] == ["190 (1.90)", "400 (2.00)"]
+    assert {target.name: target for target in targets(content)}["throughput of 2 workers on 2 cores vs 1 on 1"].met
+
+
+def test_benchmark_section_without_recorded_bundle_says_so(content: dict[str, Any]) -> None:
+    del content["bundle"]
+    assert "version of the built-in bundle is not recorded" in benchmark_section(content)
+    assert "version of the built-in bundle is not recorded" in performance_section(content)
+
+
+def test_performance_section_has_one_row_for_each_figure_of_the_short_table(content: dict[str, Any]) -> None:
+    cells = rows(performance_section(content))
+    assert list(cells)[1:] == [
+        "requests/s, 16 connections",
+        "requests/s, 64 connections",
+        "p50 latency at 1 connection, ms",
+        "p99 latency at 400 requests/s, ms",
+        "resident memory, MB",
+    ]
+    assert cells["requests/s, 16 connections"][:2] == ["260", "100 (0.38)"]
+    assert cells["p99 latency at 400 requests/s, ms"][1] == "4.0 (1.00), 25% failed"
+    assert all(len(row) == len(SERVERS) for row in cells.values())
+
+
+def test_performance_section_counts_the_missed_targets_after_the_link(content: dict[str, Any]) -> None:
+    assert len([target for target in targets(content) if not target.met]) == MISSED
+    assert f"(tests/benchmarks/README.md): {MISSED} of 17 targets were missed." in performance_section(content)
+
+
+def test_targets_show_measured_values(content: dict[str, Any]) -> None:
+    by_name = {target.name: target for target in targets(content)}
+    assert len(by_name) == len(targets(content))
+    throughput = by_name["throughput at 16 connections vs best competitor"]
+    assert throughput.measured == pytest.approx(2.6)
+    assert throughput.met
+    step = by_name["refinement step of 32 rows vs the graph alone"]
+    assert step.row().endswith("| ≤ 1.15 | 1.25 | missed by 9% |")
+    mixed = by_name["p99 of plain requests with 10% refined requests vs none"]
+    assert mixed.measured == pytest.approx(2.5)
+    assert "(refined requests take 20 steps; with run-to-completion batches: 30.00)" in mixed.row()
+
+
+@pytest.mark.parametrize(("measured", "at_least", "met"), [(2.0, True, True), (1.9, True, False), (2.1, False, False)])
+def test_target_is_met_on_the_right_side_of_its_bound(measured: float, at_least: bool, met: bool) -> None:
+    assert Target("x", measured, 2.0, at_least).met == met
+
+
+def test_write_replaces_the_text_between_the_markers(content: dict[str, Any], tmp_path: Path) -> None:
+    documents = (tmp_path / "README.md", tmp_path / "BENCHMARKS.md")
+    markers = (README_MARKER, BENCHMARK_MARKER)
+    for document, marker in zip(documents, markers, strict=True):
+        document.write_text(f"# Text\n<!-- {marker} -->\nformer\n<!-- /{marker} -->\nmore\n")
+    write(content, *documents)
+    write(content, *documents)
+    for document, marker, text in zip(
+        documents, markers, (performance_section(content), benchmark_section(content)), strict=True
+    ):
+        assert document.read_text() == f"# Text\n<!-- {marker} -->\n{text}\n<!-- /{marker} -->\nmore\n"
+
+
+def test_write_to_a_document_without_markers_raises(content: dict[str, Any], tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("nothing")
+    with pytest.raises(AssertionError, match="markers of performance are missing"):
+        write(content, document, document)
+    assert document.read_text() == "nothing"
+
+
+def test_published_sections_equal_the_committed_results() -> None:
+    latest = json.loads(LATEST.read_text())
+    remedy = "run: .venv/bin/python -m tests.benchmarks.report"
+    assert section(README.read_text(encoding="utf-8"), README_MARKER) == performance_section(latest), remedy
+    assert section(BENCHMARK_README.read_text(encoding="utf-8"), BENCHMARK_MARKER) == benchmark_section(latest), remedy
+
+
+def test_published_performance_table_has_at_most_five_rows() -> None:
+    cells = rows(section(README.read_text(encoding="utf-8"), README_MARKER))
+    assert 0 < len(cells) - 1 <= 5
+
+
+def test_published_results_are_of_the_built_in_bundle() -> None:
+    """After the bundle has changed, the benchmark must run again."""
+    assert json.loads(LATEST.read_text()).get("bundle") == describe_bundle()

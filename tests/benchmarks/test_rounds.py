@@ -1,4 +1,4 @@
-"""The generator's clocks, and the gate that nobody passes with other answers."""
+"""The load generator's latencies, the goodput, and the check that all servers serve the same model."""
 
 import asyncio
 import json
@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.contestants import OURS
-from tests.benchmarks.rounds import assert_alike, goodput, in_turn
-from tests.traffic import Connections, closed, flow, get, quantiles
+from tests.benchmarks.rounds import goodput, sequential, verify_same_embeddings
+from tests.benchmarks.servers import CONCORD
+from tests.support.traffic import Connections, closed_loop, get, open_loop, quantiles
 
 STALL = 0.4
+"""Seconds."""
 
 
 @asynccontextmanager
-async def answering(respond: Callable[[], Awaitable[bytes]]) -> AsyncIterator[int]:
-    """The port of a server that answers every request with this body."""
+async def serving(respond: Callable[[], Awaitable[bytes]]) -> AsyncIterator[int]:
+    """Run a server that responds to every request with the body from ``respond``, and return its port."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readuntil(b"\r\n\r\n"):
@@ -27,87 +28,86 @@ async def answering(respond: Callable[[], Awaitable[bytes]]) -> AsyncIterator[in
             body = await respond()
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
 
-    async def serve_until_left(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve_until_disconnect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await serve(reader, writer)
         except asyncio.IncompleteReadError:
             writer.close()
 
-    server = await asyncio.start_server(serve_until_left, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve_until_disconnect, "127.0.0.1", 0)
     async with server:
         yield server.sockets[0].getsockname()[1]
 
 
-def test_who_was_due_while_the_server_stalled_waited_for_it() -> None:
-    """A closed loop would have sent one request meanwhile, and told of one."""
-    stalled: list[float] = []
+def test_open_loop_counts_requests_due_during_a_stall_as_waiting() -> None:
+    """A closed loop would send one request during the stall, and report one long latency."""
+    stall_ends: list[float] = []
 
     async def respond() -> bytes:
         loop = asyncio.get_running_loop()
-        if not stalled:
-            stalled.append(loop.time() + STALL)
-        await asyncio.sleep(max(0.0, stalled[0] - loop.time()))
+        if not stall_ends:
+            stall_ends.append(loop.time() + STALL)
+        await asyncio.sleep(max(0.0, stall_ends[0] - loop.time()))
         return b"{}"
 
     async def test() -> None:
-        async with answering(respond) as port, Connections(port) as connections:
-            answers = await flow(connections, [get("/")], rate=200, seconds=2 * STALL)
-        told = quantiles(answers)
-        assert told["max"] >= 1000 * STALL * 0.9
-        waited = [answer for answer in answers if answer.seconds > STALL / 4]
-        assert len(waited) > len(answers) / 5
+        async with serving(respond) as port, Connections(port) as connections:
+            responses = await open_loop(connections, [get("/")], rate=200, seconds=2 * STALL)
+        assert quantiles(responses)["max"] >= 1000 * STALL * 0.9
+        waiting = [response for response in responses if response.seconds > STALL / 4]
+        assert len(waiting) > len(responses) / 5
 
     asyncio.run(test())
 
 
-def test_the_time_counts_from_when_a_request_was_due() -> None:
+def test_send_counts_seconds_from_when_the_request_was_due() -> None:
     async def respond() -> bytes:
         return b"{}"
 
     async def test() -> None:
-        async with answering(respond) as port, Connections(port) as connections:
+        async with serving(respond) as port, Connections(port) as connections:
             due = asyncio.get_running_loop().time() - 0.25  # asyncio's clock is the monotonic one
-            assert (await connections.ask(get("/"), due)).seconds >= 0.25
-            assert len(await in_turn(connections, [get("/")], 0.05)) > 1
-            assert await closed(connections, [get("/")], 4, 0.05) > 0
+            assert (await connections.send(get("/"), due)).seconds >= 0.25
+            assert len(await sequential(connections, [get("/")], 0.05)) > 1
+            assert await closed_loop(connections, [get("/")], 4, 0.05) > 0
 
     asyncio.run(test())
 
 
-@pytest.mark.parametrize(("milliseconds", "good"), [(0, True), (60, False)])
-def test_goodput_takes_only_what_is_in_time(milliseconds: float, good: bool) -> None:
+@pytest.mark.parametrize(("milliseconds", "within_limit"), [(0, True), (60, False)])
+def test_goodput_counts_only_responses_within_the_latency_limit(milliseconds: float, within_limit: bool) -> None:
     async def respond() -> bytes:
         await asyncio.sleep(milliseconds / 1000)
         return b"{}"
 
     async def test() -> None:
-        async with answering(respond) as port, Connections(port) as connections:
-            assert (await goodput(connections, [get("/")], 100, 0.1) > 0) == good
+        async with serving(respond) as port, Connections(port) as connections:
+            assert (await goodput(connections, [get("/")], 100, 0.1) > 0) == within_limit
 
     asyncio.run(test())
 
 
-@pytest.mark.parametrize(("off", "alike"), [(0.0, True), (9e-6, True), (2e-5, False)])
-def test_other_answers_end_the_comparison(off: float, alike: bool) -> None:
-    def embedding(value: float) -> bytes:
+@pytest.mark.parametrize(("difference", "same"), [(0.0, True), (9e-6, True), (2e-5, False)])
+def test_verify_same_embeddings_raises_above_the_tolerance(difference: float, same: bool) -> None:
+    def body(value: float) -> bytes:
         return json.dumps({"data": [{"embedding": [value, 1.0]}]}).encode()
 
     async def test() -> None:
-        async def ours() -> bytes:
-            return embedding(0.5)
+        async def reference() -> bytes:
+            return body(0.5)
 
-        async def theirs() -> bytes:
-            return embedding(0.5 + off)
+        async def other() -> bytes:
+            return body(0.5 + difference)
 
-        async with answering(ours) as first, answering(theirs) as second:
-            up: dict[str, Any] = {
-                "ours": (OURS, SimpleNamespace(port=first)),
-                "theirs": (OURS, SimpleNamespace(port=second)),
+        async with serving(reference) as reference_port, serving(other) as other_port:
+            servers: dict[str, Any] = {
+                "reference": (CONCORD, SimpleNamespace(port=reference_port)),
+                "other": (CONCORD, SimpleNamespace(port=other_port)),
             }
-            assert await assert_alike(up, [{"word": "one"}]) == pytest.approx(off, abs=1e-9)
+            assert await verify_same_embeddings(servers, [{"word": "one"}]) == pytest.approx(difference, abs=1e-9)
 
-    if alike:
+    if same:
         asyncio.run(test())
     else:
-        with pytest.raises(AssertionError, match="the answers differ"):
+        with pytest.raises(AssertionError, match="embeddings differ"):
             asyncio.run(test())

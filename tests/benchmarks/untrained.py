@@ -1,17 +1,19 @@
-"""A bundle with random weights: ``python -m tests.benchmarks.untrained LATENT MODALITIES FOLDER``."""
+"""Export of a bundle with random weights: ``python -m tests.benchmarks.untrained LATENT MODALITIES FOLDER``."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
-from model.vae.export import export_bundle
-from model.vae.multimodal import MultimodalVAE
-from tests.server import ROOT
-from training import config_file
+from concord.model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
+from concord.model.vae.export import export_bundle
+from concord.model.vae.multimodal import MultimodalVAE
+from concord.training import config_file
+from tests.support.server import ROOT
 
-# Pictures are Gaussian: where random weights meet a pixel, the slope of a Laplace likelihood turns with the last bit.
+# Images have a Gaussian likelihood. The gradient of a Laplace likelihood changes its sign where the mean equals the pixel. With
+# random weights a rounding error there can fail the export's comparison of the graphs with PyTorch.
 MODALITIES: tuple[Modality, ...] = (
     ImageModality(name="digit", channels=1, height=28, width=28, likelihood="bernoulli"),
     ImageModality(name="photo", channels=3, height=32, width=32, likelihood="gaussian"),
@@ -26,11 +28,18 @@ ROWS = 9
 
 
 def main(latent: int, modalities: int, folder: Path) -> None:
-    """Export a model of the digits' sizes."""
+    """Export a model with the network sizes of the digits configuration.
+
+    Args:
+        latent: size of z.
+        modalities: number of modalities, the first ones of MODALITIES.
+        folder: of the bundle.
+    """
     torch.manual_seed(0)
     network = config_file.read(ROOT / "training/configs/digits.toml").network
     chosen = MODALITIES[:modalities]
-    vae = MultimodalVAE(chosen, **{**network.model_dump(), "latent": latent}, beta=10.0)
+    options: dict[str, Any] = {**network.model_dump(), "latent": latent}
+    vae = MultimodalVAE(chosen, **options, beta=10.0)
     provenance = {
         "created": "2026-01-01T00:00:00+00:00",
         "code_revision": "unknown",
@@ -40,11 +49,11 @@ def main(latent: int, modalities: int, folder: Path) -> None:
         "data": [],
     }
     facts = {"name": "untrained", "version": "1", "provenance": provenance, "metrics": {}}
-    examples = {m.name: _random(m) for m in chosen}
+    examples = {m.name: _random_values(m) for m in chosen}
     export_bundle(vae, folder, facts=facts, samples=4, horizon=2, examples=examples, card="# untrained\n")
 
 
-def _random(modality: Modality) -> torch.Tensor:
+def _random_values(modality: Modality) -> torch.Tensor:
     shape = (ROWS, *modality.shape)
     if isinstance(modality, TextModality | CategoricalModality):
         return torch.randint(modality.categories, shape)

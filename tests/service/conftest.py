@@ -1,24 +1,21 @@
-"""A real server on a loopback port, in a thread of the test process; every answer is held against the OpenAPI document."""
+"""A real server on a loopback port, in a thread of the test process. Responses are validated against the OpenAPI document."""
 
-import base64
 import contextlib
-import io
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import jsonschema
-import numpy as np
 import pytest
-from PIL import Image
 
-from model import bundle
-from model.runtime import Runtime
-from service.app import create
-from service.server import Server, bind
-from service.settings import Settings
-from tests.readme import ROOT
+from concord.model import bundle
+from concord.model.runtime import Runtime
+from concord.service.app import create
+from concord.service.http.server import Server, bind
+from concord.service.settings import Settings
+from tests.support.images import to_base64
+from tests.support.server import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +25,15 @@ def runtime() -> Runtime:
 
 @pytest.fixture(scope="session")
 def serve(runtime: Runtime) -> Callable[..., contextlib.AbstractContextManager[httpx.Client]]:
-    """``with serve(max_items=2) as client``: a server with these settings."""
+    """``with serve(max_items=2) as client``: a server with these settings, for the given runtimes or the built-in one."""
 
     @contextlib.contextmanager
-    def serve(*opened: Runtime, **settings: Any) -> Iterator[httpx.Client]:
-        asked = Settings(**settings)
-        operators = bind("127.0.0.1", asked.admin_port) if asked.admin_port is not None else None
-        app = create(opened or [runtime], asked, operators)
+    def serve(*runtimes: Runtime, **options: Any) -> Iterator[httpx.Client]:
+        settings = Settings(**options)
+        admin_listener = bind("127.0.0.1", settings.admin_port) if settings.admin_port is not None else None
+        app = create(runtimes or [runtime], settings, admin_listener)
         listener = bind("127.0.0.1", 0)
-        server = Server(app, asked)
+        server = Server(app, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -45,10 +42,10 @@ def serve(runtime: Runtime) -> Callable[..., contextlib.AbstractContextManager[h
                 thread.join(0.01)
             host, port = listener.getsockname()
             document = app.openapi()
-            hooks = {"response": [lambda response: hold_against(document, response)]}
-            with httpx.Client(base_url=f"http://{host}:{port}", event_hooks=hooks, timeout=30, trust_env=False) as client:
+            hooks = {"response": [lambda response: validate_response(document, response)]}
+            with httpx.Client(base_url=f"http://{host}:{port}", event_hooks=hooks, timeout=60, trust_env=False) as client:
                 client.app = app  # type: ignore[attr-defined]
-                client.operators = operators and operators.getsockname()[1]  # type: ignore[attr-defined]
+                client.admin_port = admin_listener and admin_listener.getsockname()[1]  # type: ignore[attr-defined]
                 yield client
         finally:
             server.should_exit = True
@@ -60,20 +57,22 @@ def serve(runtime: Runtime) -> Callable[..., contextlib.AbstractContextManager[h
 
 @pytest.fixture(scope="session")
 def client(serve: Callable[..., contextlib.AbstractContextManager[httpx.Client]]) -> Iterator[httpx.Client]:
-    """A server with the default settings, the same for all tests."""
+    """A server with the default settings, shared by all tests."""
     with serve() as client:
         yield client
 
 
-def hold_against(document: dict[str, Any], response: httpx.Response) -> None:
-    """Fail unless the document promises this status, media type and body for the route; other routes answer with problems,
-    and below /v1 with OpenAI's envelope."""
+def validate_response(document: dict[str, Any], response: httpx.Response) -> None:
+    """Fail unless the document allows this status, media type and body for the route.
+
+    Other routes must respond with a problem object, and below /v1 with OpenAI's envelope.
+    """
     response.read()
     media_type = response.headers["content-type"].partition(";")[0]
     path = response.request.url.path
     template = "/v1/models/{model}" if path.startswith("/v1/models/") else path
     operation = document["paths"].get(template, {}).get(response.request.method.lower())
-    if path == "/openapi.json":
+    if path == "/openapi.json" or response.request.method == "HEAD":
         return
     if operation is None:
         assert response.status_code in {400, 401, 403, 404, 405, 413}
@@ -86,17 +85,8 @@ def hold_against(document: dict[str, Any], response: httpx.Response) -> None:
         jsonschema.Draft202012Validator({**schema, "components": document["components"]}).validate(response.json())
 
 
-def picture(seed: int, size: tuple[int, int] = (32, 32), mode: str = "RGB", image_format: str = "PNG") -> bytes:
-    """A file of noise."""
-    channels = {"RGB": (3,), "L": ()}[mode]
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, image_format)
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="session")
 def values() -> dict[str, str]:
-    """A value for each modality, as it stands in JSON."""
-    pictures = {name: (ROOT / f"tests/fixtures/{name}-7.png").read_bytes() for name in ("digit", "photo")}
-    return {**{name: base64.b64encode(picture).decode() for name, picture in pictures.items()}, "word": "seven"}
+    """A value for each modality of the built-in bundle, in its JSON form."""
+    images = {name: to_base64((ROOT / f"tests/fixtures/{name}-7.png").read_bytes()) for name in ("digit", "photo")}
+    return {**images, "word": "seven"}

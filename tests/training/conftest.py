@@ -1,7 +1,7 @@
-"""Small data for the training tests, drawn here: no file is kept, none is fetched."""
+"""Small generated data, configurations and runs for the training tests. No file is stored or downloaded."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -10,26 +10,48 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from typer.testing import CliRunner
 
-from training.__main__ import app
-from training.config import Config
+from concord.model.modality import Modality
+from concord.training.cli import app
+from concord.training.concord import Concord
+from concord.training.config import Config
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """``datasets`` keeps a copy of what it reads: here, not among the user's."""
+def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the cache of ``datasets`` out of the user's home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
 
 
 @pytest.fixture(scope="session")
+def make_vae(make_vae: Callable[..., Any]) -> Callable[..., Concord]:
+    """The models of the parent fixture, with the same weights, as ``Concord``."""
+
+    def make_concord(modalities: Sequence[Modality], *, width: int = 8, beta: float = 2.0, **options: Any) -> Concord:
+        weights = make_vae(modalities, width=width, beta=beta, **options).state_dict()
+        with torch.random.fork_rng():
+            model = Concord(modalities, latent=6, features=17, hidden=25, width=width, beta=beta, **options)
+        model.load_state_dict(weights)
+        return model.eval().requires_grad_(False)
+
+    return make_concord
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tiny_modalities: tuple[Modality, ...], make_vae: Callable[..., Concord]) -> Concord:
+    return make_vae(tiny_modalities)
+
+
+@pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that ``configs/digits.toml`` names: drawn digits, 60 rows to train and 30 to test.
+    """A folder with the files that ``configs/digits.toml`` names: generated digits, 60 training rows and 30 test rows.
 
     ``mnist-*.parquet`` hold grey 28x28 PNG, ``mnist-m-*.parquet`` coloured 32x32 lossless WebP, each with a ClassLabel.
     """
@@ -37,9 +59,9 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     for split, rows in (("train", 60), ("test", 30)):
         labels = (generator.permutation(rows) % 10).tolist()
-        write_images(folder / f"mnist-{split}.parquet", [draw_grey(label, generator) for label in labels], labels, "PNG")
+        write_images(folder / f"mnist-{split}.parquet", [grey_digit(label, generator) for label in labels], labels, "PNG")
         labels = (generator.permutation(rows) % 10).tolist()
-        write_images(folder / f"mnist-m-{split}.parquet", [draw_photo(label, generator) for label in labels], labels, "WEBP")
+        write_images(folder / f"mnist-m-{split}.parquet", [colour_digit(label, generator) for label in labels], labels, "WEBP")
     return folder
 
 
@@ -48,9 +70,10 @@ MakeConfig = Callable[..., Config]
 
 @pytest.fixture(scope="session")
 def make_config(digits_folder: Path) -> MakeConfig:
-    """A run on the drawn digits that takes seconds: digit and word of one file, or with ``photo`` those of two.
+    """A configuration on the generated digits that trains in seconds.
 
-    Names of tables change their fields: ``make_config(joint={"epochs": 2})``; ``tables=True`` gives plain tables, for TOML.
+    Digit and word from one file; with ``photo``, digit, photo and word from two files. Keyword arguments update tables:
+    ``make_config(joint={"epochs": 2})``. ``tables=True`` returns plain tables, for TOML.
     """
 
     def make_config(*, photo: bool = False, tables: bool = False, **changes: Any) -> Any:
@@ -62,7 +85,7 @@ def make_config(digits_folder: Path) -> MakeConfig:
             "test": "mnist-test.parquet",
             "columns": {"digit": "image", "word": "label"},
             "label": "label",
-            "licence": "drawn",
+            "licence": "generated",
         }
         second = {**first, "train": "mnist-m-train.parquet", "test": "mnist-m-test.parquet", "columns": {"photo": "image"}}
         stage = {"epochs": 2, "batch_size": 20}
@@ -90,7 +113,7 @@ def make_config(digits_folder: Path) -> MakeConfig:
 
 @pytest.fixture(scope="session")
 def write_config(make_config: MakeConfig) -> Callable[..., Path]:
-    """The same as a TOML file: ``write_config(file, joint={"epochs": 2})``."""
+    """Write a configuration of ``make_config`` as a TOML file: ``write_config(file, joint={"epochs": 2})``."""
 
     def toml(value: Any) -> str:
         if isinstance(value, dict):
@@ -105,56 +128,56 @@ def write_config(make_config: MakeConfig) -> Callable[..., Path]:
     return write_config
 
 
-def draw_grey(label: int, generator: np.random.Generator) -> Image.Image:
+def grey_digit(label: int, generator: np.random.Generator) -> Image.Image:
     image = Image.new("L", (28, 28))
-    _draw(image, label, 255, generator)
+    _write_digit(image, label, 255, generator)
     return image
 
 
-def draw_photo(label: int, generator: np.random.Generator) -> Image.Image:
-    ground, ink = generator.integers(0, 120, 3), generator.integers(136, 256, 3)
-    image = Image.new("RGB", (32, 32), tuple(ground.tolist()))
-    _draw(image, label, tuple(ink.tolist()), generator)
+def colour_digit(label: int, generator: np.random.Generator) -> Image.Image:
+    background, ink = generator.integers(0, 120, 3), generator.integers(136, 256, 3)
+    image = Image.new("RGB", (32, 32), tuple(background.tolist()))
+    _write_digit(image, label, tuple(ink.tolist()), generator)
     return image
 
 
-def _draw(image: Image.Image, label: int, ink: int | tuple[int, ...], generator: np.random.Generator) -> None:
+def _write_digit(image: Image.Image, label: int, ink: int | tuple[int, ...], generator: np.random.Generator) -> None:
     x, y = generator.integers(-3, 4, 2) + image.width // 2
     ImageDraw.Draw(image).text((x, y), str(label), fill=ink, font=ImageFont.load_default(size=22), anchor="mm")
 
 
 def write_images(file: Path, images: list[Image.Image], labels: list[int], image_format: str) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=WORDS)})
-    rows = {"image": [{"bytes": _file_of(image, image_format), "path": None} for image in images], "label": labels}
+    rows = {"image": [{"bytes": _file_bytes(image, image_format), "path": None} for image in images], "label": labels}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
 
 
-def _file_of(image: Image.Image, image_format: str) -> bytes:
+def _file_bytes(image: Image.Image, image_format: str) -> bytes:
     buffer = BytesIO()
     image.save(buffer, image_format, lossless=True)
     return buffer.getvalue()
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A run that the command line fitted and exported, and what it printed."""
+class FinishedRun:
+    """A run that the command line fitted and exported, and the output of both commands."""
 
     config: Path
     folder: Path
     bundle: Path
-    fitted: str
-    exported: str
+    fit_output: str
+    export_output: str
 
 
 @pytest.fixture(scope="session")
-def finished(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Digit, photo and word, paired by class. Copy the folder before changing anything."""
+def finished(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run with digit, photo and word, paired by class. Copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(folder / "tiny.toml", photo=True)
     runner = CliRunner()
     options = [str(config), "--out", str(folder / "run")]
-    fitted = runner.invoke(app, ["fit", *options])
-    assert fitted.exit_code == 0, fitted.output
-    exported = runner.invoke(app, ["export", *options])
-    assert exported.exit_code == 0, exported.output
-    return Finished(config, folder / "run", folder / "run" / "bundle", fitted.stdout, exported.stdout)
+    fit = runner.invoke(app, ["fit", *options])
+    assert fit.exit_code == 0, fit.output
+    export = runner.invoke(app, ["export", *options])
+    assert export.exit_code == 0, export.output
+    return FinishedRun(config, folder / "run", folder / "run" / "bundle", fit.stdout, export.stdout)

@@ -1,14 +1,56 @@
+import json
+import logging
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from concord.training import config_file
+from concord.training.config import Config, Hub
+from concord.training.errors import ConfigError
 from tests.training.test_config import SMALL
-from training import config_file
-from training.config import Config, ConfigError, Hub
 
 CONFIGS = Path(config_file.__file__).parent / "configs"
+RESULTS = Path(config_file.__file__).parent / "results"
+# Computed by version 0.1. Folders of runs and results files contain these hashes, so they must not change.
+HASHES = {
+    "ablations/all-alike.toml": "246927746a345ab929e44192998e589e14b29be4c9958075e8b6031e3978b7f9",
+    "ablations/beta-1.toml": "a0815c1797500e4114c4d3f22888f702c4c24da130f55fff28257ba2a71cf371",
+    "ablations/beta-3-unrefined.toml": "f9eeafad03f1fd826207f4f897b64c96d89e86d01db926996c7b04c2e666f494",
+    "ablations/beta-3.toml": "a467492bf4f27bb6e3a7f89f3d95add22ebeca38109b8b4b7c407f686e0b9d3a",
+    "ablations/blurring.toml": "5d97ee04f9b0f23d8eded99337478c3ff3c4da0b0cd4e20d3d5b22431eb6d79b",
+    "ablations/eight-steps.toml": "b81194230e1c2301a5d7cef19376c790e21f279000256012b9f28c9e74b36654",
+    "ablations/forward.toml": "c61b9161894a65723c3e64c3fe157406cf925f516005b3576e63bbba56707ab3",
+    "ablations/four-steps.toml": "3bbe8f7fd56c190fcc06ff32203d86cb68b8d2f616d5947883f7e5fe3571286c",
+    "ablations/gaussian.toml": "0017807b6bde6d2bb191ac16daf79a1aa6d0b9a7cce2a1d40c740591618c12e6",
+    "ablations/latent-8-unrefined.toml": "d385f27233fd17f5b49ce50ba4376d7a92aadc29492bcd1cc3d6007c23e0956a",
+    "ablations/latent-8.toml": "0c291514bb8ae9504373513239f06ef8588a08cf0cda31ea8bde34edaeff27cd",
+    "ablations/narrow-unrefined.toml": "c88a79033953f9571f47b3cd591a6f471c6ee1b52e33f1635fd898604bac49be",
+    "ablations/narrow.toml": "d7d99122f4e8fd9bdd11bd1d3ef8f4de41b265f2850e3dcfa7d7c22dbb370e03",
+    "ablations/neither.toml": "1778d95ccdecb85741a4fb37afbb06bcb37036bf0c28fe6c86049f92235d0c30",
+    "ablations/no-pull.toml": "24158584eb5da6e393bc4789e5ca2332e69b544d9134d6c02f7cd90c241a068c",
+    "ablations/no-reconstruction.toml": "a25257a49fbd857095ffcccdd09c76874badb793535399afe4f28d4993ee8a0c",
+    "ablations/one-step.toml": "b834de07e0832917c86a07b2aebdeda77e7e294ef79d2e5faf3518fef775325d",
+    "ablations/product.toml": "2343fe1fc2407e696b64a6bf3fc62fb60352c136ad0e9ce5f973d358cedfb8b4",
+    "ablations/reverse.toml": "65bd1df44326c82f46d10fb8560f9eab4243f25a008c6840b1f03c36cb77c0b0",
+    "ablations/sixteen-steps.toml": "064dc529b909f304870474e2089ade484699603dc708e4232c186d1a42412b68",
+    "ablations/unaligned.toml": "bdf175472fea44547a29419f1b4646d3a6c6afd8de683ea6ade969d9eab14d13",
+    "ablations/unrefined.toml": "b39a2c90e97a4d32a8d06b16979f9022ffade8aef14946b15a823209ca1a7a17",
+    "ablations/version-4.toml": "5a955b9bfcf1f6f558707170eed0d92a920da030b79404da332970561388547b",
+    "ablations/wide.toml": "a35c67c3649253a326a91270abb5f8673973df5f8ff91549b5d6e15a889c00af",
+    "birds-complete.toml": "a030318edce62ed2fcf13d8dce3d29e23a0f303bc90778d99ad979a1b8fac45e",
+    "birds-encoded.toml": "4478fc7f4dfb9c65856aa43cda9f0f3e1fdca0c44bf2d8d1b33dd4de18357db2",
+    "birds-features-contrast.toml": "6023f2fef1d9760e395a724f2fecca6f3f76cee05e1e244c57219fcde5e97e52",
+    "birds-features-contrastive.toml": "ab7a4f67913ba4c5d150ce3ebfdc5c4e56230dcf3de871213819344dcfd709f9",
+    "birds-features-plain.toml": "dd65863f9c1f72b391547f3080dacbf36c8d717fa2277eda61ae8c83f24e3a7f",
+    "birds-features.toml": "0f4aba9750fb4384f104523ea1251cd548c7829e078c38d64e74e8b97f02aeb8",
+    "birds.toml": "d3bb47edff243618133bb5477dc603bf0c6cf83b27ba00bcb79c7ea3a252d10a",
+    "digits-svhn.toml": "17ea839d0e57e9dba99d19ec97e2f8076cccc0a735d3134e743df47dff79d609",
+    "digits-sound.toml": "daade5b4f8464890244e3b000b1f56947e532221aba1b9275abae0356a8c6078",
+    "digits.toml": "cfaf8f01ac33dfd9d4f5cacbf6029b356173dfdf4ed4fce66c7c1c72512bc977",
+    "fashion.toml": "beb96587f62bc86d2dc77c5a64715edfe813d3c58a48d3fe929ad4b8d475bf41",
+}
 
 
 def load(folder: Path, text: str) -> Config:
@@ -17,21 +59,61 @@ def load(folder: Path, text: str) -> Config:
     return config_file.read(file)
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_configuration_with_a_byte_order_mark_is_the_same(tmp_path: Path, newline: str) -> None:
+    """As some editors on Windows save it, also of a configuration that it extends."""
+    (tmp_path / "base.toml").write_bytes(f"\ufeff{SMALL}".replace("\n", newline).encode())
+    (tmp_path / "run.toml").write_bytes(f'\ufeffextends = "base.toml"{newline}'.encode())
+    assert config_file.read(tmp_path / "run.toml") == load(tmp_path, SMALL)
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.stem)
-def test_every_shipped_configuration_loads(file: Path) -> None:
+def test_shipped_configuration_loads(file: Path) -> None:
     loaded = config_file.read(file)
     assert loaded.name == file.stem
-    assert f"python -m training fit training/configs/{file.name}" in file.read_text()
+    assert f"concord fit training/configs/{file.name}" in file.read_text()
 
 
-def test_digits_holds_what_its_file_says() -> None:
+@pytest.mark.parametrize("name", HASHES)
+def test_sha256_of_shipped_configuration_is_unchanged(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert config_file.read(CONFIGS / name).sha256 == HASHES[name]
+    assert not caplog.records, "shipped configurations use no deprecated key"
+
+
+def test_every_shipped_configuration_has_a_known_sha256() -> None:
+    assert {str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.toml")} == HASHES.keys()
+
+
+@pytest.mark.parametrize(
+    ("results", "config", "rows_per_epoch"),
+    [
+        ("digits.json", "digits.toml", None),
+        ("digits-version-4.json", "ablations/version-4.toml", None),
+        ("digits-version-4-2000.json", "ablations/version-4.toml", 2000),
+    ],
+)
+def test_sha256_of_published_results_is_unchanged(results: str, config: str, rows_per_epoch: int | None) -> None:
+    """Of Concord and of the baselines, whose hash leaves out settings of Concord."""
+    settings = config_file.read(CONFIGS / config)
+    if rows_per_epoch is not None:
+        data = settings.data.model_copy(update={"rows_per_epoch": rows_per_epoch})
+        settings = settings.model_copy(update={"data": data})
+    content = json.loads((RESULTS / results).read_text())
+    assert content["config_sha256"] == settings.sha256
+    assert content["rows"]
+    for row in content["rows"]:
+        changes = {"model": row["model"], "seed": row["seed"]}
+        assert row["config_sha256"] == settings.model_copy(update=changes).sha256
+
+
+def test_digits_configuration_has_its_modalities_and_sources() -> None:
     digits = config_file.read(CONFIGS / "digits.toml")
     assert [m.name for m in digits.modalities] == ["digit", "photo", "word"]
     assert digits.data.sources[1].train == "mnist-m-train.parquet"
     assert digits.data.random_offset == ("word",)
 
 
-def test_a_source_may_stand_on_the_hub() -> None:
+def test_source_on_the_hub_loads() -> None:
     place = config_file.read(CONFIGS / "digits-svhn.toml").data.sources[1].train
     assert place == Hub(hub="ufldl-stanford/svhn", config="cropped_digits", split="train")
 
@@ -42,7 +124,7 @@ def test_a_source_may_stand_on_the_hub() -> None:
         (
             'name = "small"',
             'name = "small"\nseeds = 1',
-            r"  seeds: unknown key: did you mean 'seed'\? Allowed: align, data, flow, joint",
+            r"  seeds: unknown key: did you mean 'seed'\? Allowed: align, contrast, data, device, flow, joint",
         ),
         ("height = 28", "height = 28\nhieght = 2", r"modalities\[0\]\.hieght: unknown key: did you mean 'height'\?"),
         (
@@ -67,9 +149,14 @@ def test_a_source_may_stand_on_the_hub() -> None:
         ('"row"', '"rows"', r"data\.pairing: Input should be 'row' or 'class', received 'rows'"),
         ('pairing = "row"', "", r"data\.pairing: Field required"),
         ("channels = 1", "channels = 0", r"modalities\[0\]\.channels: Input should be greater than or equal to 1, received 0"),
-        ('kind = "text"', 'kind = "txt"', r"modalities\[1\]: .*'txt'.*'image', 'text', 'vector', 'binary'"),
+        ('kind = "text"', 'kind = "txt"', r"modalities\[1\]: kind must be image, audio, text, .*, received 'txt'"),
+        (
+            'kind = "text"',
+            'kind = "text"\nencoder = "e"',
+            r"modalities\[1\]\.length: unknown key: .*Allowed: encoder, kind, lik",
+        ),
         ('" abc"', '" aa"', r"modalities\[1\]: the alphabet names a character twice"),
-        ('name = "word"', 'name = "digit"', r"\[\[modalities\]\] names one twice: \['digit', 'digit'\]"),
+        ('name = "word"', 'name = "digit"', r"\[\[modalities\]\] has a duplicate name: \['digit', 'digit'\]"),
         ('word = "label"', 'words = "label"', r"columns name \['words'\], the modalities are \['digit', 'word'\]"),
         (', word = "label"', "", r"each modality needs exactly one column among \[\[data\.sources\]\]: word has 0"),
         ('pairing = "row"', 'pairing = "row"\nrandom_offset = ["digit"]', r"random_offset names \['digit'\].*\['word'\]"),
@@ -79,7 +166,7 @@ def test_a_source_may_stand_on_the_hub() -> None:
         ('name = "small"', "name = small", r"run\.toml: not TOML \(Invalid value.*line 2"),
     ],
 )
-def test_mistakes_are_named_with_their_place_and_what_is_allowed(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_error_names_its_place_and_what_is_allowed(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert load(tmp_path, SMALL).name == "small"
     broken = SMALL.replace(old, new, 1)
     if broken == SMALL:
@@ -88,14 +175,14 @@ def test_mistakes_are_named_with_their_place_and_what_is_allowed(tmp_path: Path,
         load(tmp_path, broken)
 
 
-def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, SMALL.replace("height = 28", "height = 0").replace("length = 8", "length = -1"))
     assert "modalities[0].height" in str(caught.value)
     assert "modalities[1].length" in str(caught.value)
 
 
-def test_a_missing_or_garbled_file_is_named(tmp_path: Path) -> None:
+def test_missing_or_undecodable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read \(No such file"):
         config_file.read(tmp_path / "nowhere.toml")
     (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
@@ -103,33 +190,48 @@ def test_a_missing_or_garbled_file_is_named(tmp_path: Path) -> None:
         config_file.read(tmp_path / "latin.toml")
 
 
-def test_a_configuration_says_how_it_differs_from_another(tmp_path: Path) -> None:
+def test_extends_merges_tables_and_replaces_lists(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(SMALL + "[joint]\nepochs = 3\nbatch_size = 7\n")
-    small = load(tmp_path, 'extends = "base.toml"\nname = "other"\n[joint]\nepochs = 5\n[data]\nrows = "complete"\n')
-    assert small.name == "other"
-    assert small.modalities == load(tmp_path, SMALL).modalities
-    assert (small.joint.epochs, small.joint.batch_size) == (5, 7)
-    assert (small.data.rows, small.data.pairing) == ("complete", "row")
-    whole = SMALL.replace('"small"', '"other"').replace("[data]", '[data]\nrows = "complete"')
-    assert small.sha256 == load(tmp_path, whole + "[joint]\nepochs = 5\nbatch_size = 7\n").sha256
+    extended = load(tmp_path, 'extends = "base.toml"\nname = "other"\n[joint]\nepochs = 5\n[data]\nrows = "complete"\n')
+    assert extended.name == "other"
+    assert extended.modalities == load(tmp_path, SMALL).modalities
+    assert (extended.joint.epochs, extended.joint.batch_size) == (5, 7)
+    assert (extended.data.rows, extended.data.pairing) == ("complete", "row")
+    merged = SMALL.replace('"small"', '"other"').replace("[data]", '[data]\nrows = "complete"')
+    assert extended.sha256 == load(tmp_path, merged + "[joint]\nepochs = 5\nbatch_size = 7\n").sha256
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('extends = "run.toml"', r"run\.toml: extends itself, by way of run\.toml"),
+        ('extends = "run.toml"', r"run\.toml: extends itself, through run\.toml"),
         ('extends = "nowhere.toml"', r"nowhere\.toml: cannot be read"),
         ("extends = 3", r"run\.toml: extends: the name of another configuration is expected, received 3"),
     ],
 )
-def test_what_cannot_be_extended_is_told(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_extends_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, text)
 
 
+def test_deprecated_keys_are_renamed_in_each_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file with a new key can extend a file with the old one. The warning names the file."""
+    (tmp_path / "base.toml").write_text(SMALL + "[align]\nseveral = 0.5\npull = 0.25\n")
+    with caplog.at_level(logging.WARNING):
+        extended = load(tmp_path, 'extends = "base.toml"\n[align]\nmultimodal_weight = 0.75\n')
+    assert (extended.align.multimodal_weight, extended.align.jmvae_weight) == (0.75, 0.25)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'base.toml'}: align.several is deprecated: rename it to align.multimodal_weight",
+        f"{tmp_path / 'base.toml'}: align.pull is deprecated: rename it to align.jmvae_weight",
+    ]
+    message = r"run\.toml: align\.pull is the deprecated name of align\.jmvae_weight, both are given: remove align\.pull"
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, SMALL + "[align]\npull = 0.25\njmvae_weight = 0.25\n")
+
+
 @given(text=st.text(max_size=200))
-def test_any_text_loads_or_is_refused_in_words(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    with pytest.raises(ConfigError):  # no such text holds a whole configuration
+def test_arbitrary_text_is_rejected_as_configuration(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    with pytest.raises(ConfigError):  # 200 random characters are never a complete configuration
         load(tmp_path_factory.getbasetemp(), text.encode(errors="ignore").decode())
 
 
@@ -137,6 +239,8 @@ def test_any_text_loads_or_is_refused_in_words(tmp_path_factory: pytest.TempPath
     key=st.sampled_from(["name", "seed", "data", "modalities", "network", "joint"]),
     value=st.sampled_from(["[1]", "[[]]", "{ x = 1 }", "1979-05-27", "nan", "'?'"]),
 )
-def test_any_wrong_value_is_refused_with_its_place(tmp_path_factory: pytest.TempPathFactory, key: str, value: str) -> None:
+def test_arbitrary_wrong_value_is_rejected_with_its_place(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"\n  {key}[.:\[]"):
         load(tmp_path_factory.getbasetemp(), f"{key} = {value}\n")

@@ -1,12 +1,12 @@
-"""Each log-likelihood against torch.distributions, and at the ends of what floats can hold."""
+"""Log-likelihoods against torch.distributions, and for extreme decoder outputs."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Laplace, Normal
 
-from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
-from model.vae.likelihood import expectation, log_likelihood
+from concord.model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
+from concord.model.vae.likelihood import expectation, log_likelihood
 
 IMAGES = [
     ImageModality(name="picture", channels=1, height=3, width=2, likelihood=likelihood, scale=0.4)
@@ -21,7 +21,7 @@ ALL: list[Modality] = [*IMAGES, *VECTORS, TEXT, WORDS, CLASSES, BINARY]
 CHOICES = TextModality | CategoricalModality
 
 
-def named(modality: Modality) -> str:
+def kind_and_likelihood(modality: Modality) -> str:
     return f"{modality.kind}-{modality.likelihood}"
 
 
@@ -47,49 +47,49 @@ def distribution(modality: Modality, raw: Tensor) -> Distribution:
     if modality.likelihood == "bernoulli":
         return Independent(Bernoulli(logits=raw), dimensions)
     location = raw if isinstance(modality, VectorModality) else torch.sigmoid(raw)
-    kind = Laplace if modality.likelihood == "laplace" else Normal
-    return Independent(kind(location, modality.scale), dimensions)
+    family = Laplace if modality.likelihood == "laplace" else Normal
+    return Independent(family(location, modality.scale), dimensions)
 
 
-@pytest.mark.parametrize("modality", ALL, ids=named)
-def test_log_likelihood_and_its_gradient_are_those_of_torch(modality: Modality) -> None:
+@pytest.mark.parametrize("modality", ALL, ids=kind_and_likelihood)
+def test_log_likelihood_and_gradient_equal_torch_distributions(modality: Modality) -> None:
     raw = 3 * torch.randn(6, *shape_of_raw(modality), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     raw.requires_grad_()
     x = rows(modality, 6)
-    ours, theirs = log_likelihood(modality, raw, x), distribution(modality, raw).log_prob(x.to(raw.dtype))
-    torch.testing.assert_close(ours, theirs)
-    (slope,), (expected,) = (torch.autograd.grad(value.sum(), raw) for value in (ours, theirs))
-    torch.testing.assert_close(slope, expected)
+    actual, expected = log_likelihood(modality, raw, x), distribution(modality, raw).log_prob(x.to(raw.dtype))
+    torch.testing.assert_close(actual, expected)
+    (gradient,), (expected_gradient,) = (torch.autograd.grad(value.sum(), raw) for value in (actual, expected))
+    torch.testing.assert_close(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("modality", ALL, ids=named)
-def test_a_row_does_not_depend_on_its_neighbours(modality: Modality) -> None:
+@pytest.mark.parametrize("modality", ALL, ids=kind_and_likelihood)
+def test_log_likelihood_row_does_not_depend_on_the_batch(modality: Modality) -> None:
     raw, x = torch.randn(4, *shape_of_raw(modality)), rows(modality, 4)
-    together = log_likelihood(modality, raw, x)
-    torch.testing.assert_close(torch.cat([log_likelihood(modality, raw[i : i + 1], x[i : i + 1]) for i in range(4)]), together)
+    batch = log_likelihood(modality, raw, x)
+    torch.testing.assert_close(torch.cat([log_likelihood(modality, raw[i : i + 1], x[i : i + 1]) for i in range(4)]), batch)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e2, 1e4, 1e10])
-@pytest.mark.parametrize("modality", ALL, ids=named)
-def test_extreme_outputs_stay_finite(modality: Modality, size: float) -> None:
+@pytest.mark.parametrize("modality", ALL, ids=kind_and_likelihood)
+def test_log_likelihood_extreme_outputs_stay_finite(modality: Modality, size: float) -> None:
     signs = torch.where(torch.arange(4 * torch.Size(shape_of_raw(modality)).numel()) % 3 == 0, 1.0, -1.0)
     raw = (size * signs).reshape(4, *shape_of_raw(modality)).requires_grad_()
     value = log_likelihood(modality, raw, rows(modality, 4))
-    (slope,) = torch.autograd.grad(value.sum(), raw)
+    (gradient,) = torch.autograd.grad(value.sum(), raw)
     assert value.isfinite().all()
-    assert slope.isfinite().all()
+    assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("modality", [IMAGES[2], BINARY], ids=named)
-def test_a_sure_bernoulli_pays_its_logit_when_it_is_wrong(modality: Modality) -> None:
+@pytest.mark.parametrize("modality", [IMAGES[2], BINARY], ids=kind_and_likelihood)
+def test_log_likelihood_confident_wrong_bernoulli_equals_its_logit(modality: Modality) -> None:
     size = torch.Size(modality.shape).numel()
     raw, x = torch.full((1, *modality.shape), 200.0), torch.zeros(1, *modality.shape)
-    assert log_likelihood(modality, raw, x).item() == -200.0 * size  # log(sigmoid) itself would say -inf
+    assert log_likelihood(modality, raw, x).item() == -200.0 * size  # a plain log(sigmoid) would be -inf
     assert log_likelihood(modality, raw, 1 - x).item() == 0
 
 
-@pytest.mark.parametrize("modality", ALL, ids=named)
-def test_expectations_are_those_of_the_distribution(modality: Modality) -> None:
+@pytest.mark.parametrize("modality", ALL, ids=kind_and_likelihood)
+def test_expectation_equals_torch_distributions(modality: Modality) -> None:
     raw = torch.randn(6, *shape_of_raw(modality))
     expected = expectation(modality, raw)
     if isinstance(modality, TextModality):
@@ -100,7 +100,7 @@ def test_expectations_are_those_of_the_distribution(modality: Modality) -> None:
         torch.testing.assert_close(expected, distribution(modality, raw).mean)
 
 
-def test_a_shifted_text_is_a_mixture_of_all_its_shifts() -> None:
+def test_shifted_log_likelihood_is_the_mixture_of_all_shifts() -> None:
     modality = TextModality(name="word", length=5, alphabet=" abc", likelihood="shifted")
     raw = torch.randn(6, *shape_of_raw(modality), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = rows(modality, 6)
@@ -109,7 +109,7 @@ def test_a_shifted_text_is_a_mixture_of_all_its_shifts() -> None:
     torch.testing.assert_close(log_likelihood(modality, raw, x.roll(2, dims=1)), log_likelihood(modality, raw, x))
 
 
-def test_a_shifted_text_that_is_all_but_impossible_keeps_its_slope() -> None:
+def test_shifted_log_likelihood_extreme_outputs_have_nonzero_gradient() -> None:
     modality = TextModality(name="word", length=5, alphabet=" abc", likelihood="shifted")
     raw = (1e4 * torch.randn(3, *shape_of_raw(modality), generator=torch.Generator().manual_seed(1))).requires_grad_()
     log_likelihood(modality, raw, rows(modality, 3)).sum().backward()

@@ -1,40 +1,46 @@
-"""Shapes in, shapes out, for every kind and for pictures of awkward sizes."""
+"""Encoder and decoder networks: shapes for every kind of modality and for images of unusual sizes, and what they depend on."""
+
+import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
-from model.vae.networks import decoder, encoder
+from concord.model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
+from concord.model.vae import token_likelihood
+from concord.model.vae.likelihood import log_likelihood
+from concord.model.vae.multimodal import MultimodalVAE
+from concord.model.vae.networks import ModalityModules, decoder, encoder
 
 
-def check(modality: Modality, raw_shape: tuple[int, ...], width: int = 2) -> None:
-    """Both networks fit the modality, and something of every output can be reached from the input."""
-    kind = torch.int64 if isinstance(modality, TextModality | CategoricalModality) else torch.float32
-    x = torch.zeros(3, *modality.shape, dtype=kind)
+def check_networks(modality: Modality, raw_shape: tuple[int, ...], width: int = 2) -> None:
+    """Check the output shapes of both networks, and that each row of the output depends on its own input only."""
+    dtype = torch.int64 if isinstance(modality, TextModality | CategoricalModality) else torch.float32
+    x = torch.zeros(3, *modality.shape, dtype=dtype)
     features = encoder(modality, features=5, width=width)(x)
     assert features.shape == (3, 5)
     z = torch.randn(3, 4, requires_grad=True)
     raw = decoder(modality, latent=4, hidden=6, width=width)(z)
     assert raw.shape == (3, *raw_shape)
-    (slope,) = torch.autograd.grad(raw[1].sum(), z)
-    assert slope[1].abs().sum() > 0
-    assert slope[[0, 2]].abs().sum() == 0  # rows never mix
+    (gradient,) = torch.autograd.grad(raw[1].sum(), z)
+    assert gradient[1].abs().sum() > 0
+    assert gradient[[0, 2]].abs().sum() == 0
 
 
 @pytest.mark.parametrize("side", [(28, 28), (32, 32), (37, 21), (64, 64), (5, 90), (2, 2), (300, 200)])
 @pytest.mark.parametrize("channels", [1, 3, 6])
-def test_pictures_of_any_size(side: tuple[int, int], channels: int) -> None:
+def test_networks_images_of_any_size_have_the_right_shapes(side: tuple[int, int], channels: int) -> None:
     modality = ImageModality(name="picture", channels=channels, height=side[0], width=side[1])
-    check(modality, modality.shape)
+    check_networks(modality, modality.shape)
 
 
 @settings(max_examples=25, deadline=None)
 @given(height=st.integers(2, 40), width=st.integers(2, 40))
-def test_pictures_drawn_at_random(height: int, width: int) -> None:
+def test_networks_images_of_random_size_have_the_right_shapes(height: int, width: int) -> None:
     modality = ImageModality(name="picture", channels=1, height=height, width=width)
-    check(modality, modality.shape, width=1)
+    check_networks(modality, modality.shape, width=1)
 
 
 @pytest.mark.parametrize(
@@ -50,14 +56,14 @@ def test_pictures_drawn_at_random(height: int, width: int) -> None:
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_other_kinds(modality: Modality, raw_shape: tuple[int, ...]) -> None:
-    check(modality, raw_shape)
+def test_networks_of_other_kinds_have_the_right_shapes(modality: Modality, raw_shape: tuple[int, ...]) -> None:
+    check_networks(modality, raw_shape)
 
 
 @pytest.mark.parametrize(
     ("side", "top", "left"), [((28, 28), 2, 2), ((37, 21), 1, 1), ((16, 16), 0, 0), ((9, 6), 0, 0), ((9, 7), 0, 0)]
 )
-def test_the_picture_is_the_middle_of_its_grid(side: tuple[int, int], top: int, left: int) -> None:
+def test_decoder_crops_the_middle_of_its_grid(side: tuple[int, int], top: int, left: int) -> None:
     modality = ImageModality(name="picture", channels=1, height=side[0], width=side[1])
     network = decoder(modality, latent=4, hidden=6, width=2)
     z = torch.randn(2, 4)
@@ -67,21 +73,21 @@ def test_the_picture_is_the_middle_of_its_grid(side: tuple[int, int], top: int, 
     assert (grid.shape[3] - side[1]) // 2 == left
 
 
-def test_every_pixel_is_seen() -> None:
+def test_encoder_depends_on_every_pixel() -> None:
     modality = ImageModality(name="picture", channels=1, height=28, width=20)
     x = torch.randn(1, *modality.shape, requires_grad=True)
-    (slope,) = torch.autograd.grad(encoder(modality, features=5, width=2)(x).sum(), x)
-    assert torch.all(slope != 0)
+    (gradient,) = torch.autograd.grad(encoder(modality, features=5, width=2)(x).sum(), x)
+    assert torch.all(gradient != 0)
 
 
-def test_every_character_is_told_apart() -> None:
+def test_encoder_distinguishes_all_texts_of_characters() -> None:
     modality = TextModality(name="word", length=2, alphabet=" abc")
     network = encoder(modality, features=8, width=1)
     words = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     assert len(torch.unique(network(words), dim=0)) == 16
 
 
-def test_words_count_and_so_do_their_neighbours_and_not_their_place() -> None:
+def test_encoder_of_words_depends_on_order_but_not_on_position() -> None:
     modality = TextModality(name="title", length=6, unit="word", vocabulary=("a", "b"))
     network = encoder(modality, features=8, width=1)
     texts = torch.tensor([[2, 3, 2, 3, 0, 0], [2, 2, 3, 3, 0, 0], [2, 3, 0, 0, 0, 0], [2, 3, 3, 0, 0, 0], [1, 3, 0, 0, 0, 0]])
@@ -89,13 +95,97 @@ def test_words_count_and_so_do_their_neighbours_and_not_their_place() -> None:
     torch.testing.assert_close(network(torch.tensor([[0, 2, 3, 0, 0, 0]])), network(torch.tensor([[0, 0, 2, 3, 0, 0]])))
 
 
-def test_large_pictures_stop_widening() -> None:
+def test_encoder_of_large_images_limits_the_channels() -> None:
     modality = ImageModality(name="picture", channels=3, height=256, width=256)
     convolutions = [m for m in encoder(modality, features=5, width=4).modules() if isinstance(m, torch.nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [4, 8, 16, 32, 32, 32]
 
 
-def test_width_doubles_at_every_halving() -> None:
+def test_encoder_channels_double_at_every_halving() -> None:
     modality = ImageModality(name="picture", channels=3, height=32, width=32)
     convolutions = [m for m in encoder(modality, features=5, width=4).modules() if isinstance(m, torch.nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [4, 8, 16]
+
+
+ATTRIBUTES = [name for name in dir(nn.ModuleDict()) if name[0] != "_" and name == name.lower()]
+NAMES = st.sampled_from(ATTRIBUTES) | st.from_regex(r"^[a-z][a-z0-9_]{0,63}$", fullmatch=True)
+
+
+@given(names=st.lists(NAMES, min_size=1, max_size=8, unique=True))
+@example(names=ATTRIBUTES)
+def test_modality_modules_of_any_names_behave_like_a_dictionary(names: list[str]) -> None:
+    layers = {name: nn.Linear(1, 1) for name in names}
+    modules = ModalityModules(layers)
+    assert list(modules) == list(modules.keys()) == names
+    assert dict(modules.items()) == layers
+    assert list(modules.values()) == [modules[name] for name in names] == list(layers.values())
+    assert len(modules) == len(list(modules.parameters())) / 2 == len(names)
+    assert all(name in modules for name in names)
+    assert "absent" not in modules or "absent" in names
+    assert modules.train().training
+    assert not copy.deepcopy(modules).eval()[names[0]].training
+    copied = ModalityModules({name: nn.Linear(1, 1) for name in names})
+    copied.load_state_dict(modules.state_dict())
+    assert all(torch.equal(copied[name].weight, layers[name].weight) for name in names)
+    del modules[names[0]]
+    assert list(modules) == names[1:]
+
+
+def test_modality_modules_keep_the_names_of_weights() -> None:
+    """Checkpoints and bundles of older versions hold them."""
+    layers = {name: nn.Linear(1, 1) for name in ("photo", "title", "word_2")}
+    assert list(ModalityModules(layers).state_dict()) == list(nn.ModuleDict(layers).state_dict())
+
+
+@settings(max_examples=3)
+@given(names=st.lists(NAMES, min_size=2, max_size=4, unique=True), fusion=st.sampled_from(["set", "product"]))
+@example(names=["training", "items", "type", "values"], fusion="product")
+def test_model_with_modalities_of_any_names_is_trained_and_traced(names: list[str], fusion: str) -> None:
+    """Tracing, as the export does, looks weights up by their names."""
+    modalities = [VectorModality(name=name, size=1) for name in names]
+    vae = MultimodalVAE(modalities, latent=2, features=3, hidden=4, width=2, beta=1.0, fusion=fusion)
+    posterior = vae.aligned({name: torch.randn(5, 1) for name in names}, torch.ones(5, len(names), dtype=torch.bool))
+    vae.decode(names[0], posterior.mean).sum().backward()
+    assert all(trunk[0].weight.grad is not None for trunk in vae.aligned.trunks.values())
+    decoders, z = _Decode(vae), torch.randn(5, 2)
+    assert torch.equal(torch.export.export(decoders, (z,), strict=False).module()(z), decoders(z))
+
+
+class _Decode(nn.Module):
+    def __init__(self, vae: MultimodalVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.vae.decode(m.name, z) for m in self.vae.modalities], dim=1)
+
+
+@pytest.mark.parametrize(("side", "channels"), [((40, 30), 3), ((7, 5), 1), ((2, 2), 4)])
+def test_image_decoder_last_layer_equals_a_transposed_convolution(side: tuple[int, int], channels: int) -> None:
+    modality = ImageModality(name="picture", channels=channels, height=side[0], width=side[1])
+    layer = decoder(modality, latent=4, hidden=6, width=16).layers[-1]
+    x = torch.randn(3, 16, 5, 4, dtype=torch.float64, requires_grad=True)
+    layer.double()
+    actual, expected = layer(x), nn.ConvTranspose2d.forward(layer, x)
+    torch.testing.assert_close(actual, expected)
+    upstream, inputs = torch.randn_like(expected), [x, layer.weight, layer.bias]
+    for gradient, reference in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (actual, expected)), strict=True):
+        torch.testing.assert_close(gradient, reference)
+    assert layer(x[:0]).shape == expected[:0].shape
+
+
+def test_words_decoder_log_likelihood_equals_that_of_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are more than one chunk. The gradients are those of z and of all weights."""
+    monkeypatch.setattr(token_likelihood, "CHUNK_BYTES", 4 * 9 * 5)  # 5 of 21 positions
+    modality = TextModality(name="title", length=3, unit="word", vocabulary=tuple("abcdefg"))
+    network = decoder(modality, latent=4, hidden=6, width=2)
+    z, tokens = torch.randn(7, 4, requires_grad=True), torch.randint(9, (7, 3))
+    inputs = [z, *network.parameters()]
+    actual, expected = network.log_likelihood(z, tokens), log_likelihood(modality, network(z), tokens)
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn(7)
+    for gradient, reference in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (actual, expected)), strict=True):
+        torch.testing.assert_close(gradient, reference)
+    _, pullback = torch.func.vjp(lambda z: network.log_likelihood(z, tokens), z.detach())
+    torch.testing.assert_close(pullback(upstream)[0], torch.autograd.grad(network.log_likelihood(z, tokens), z, upstream)[0])
+    assert network.log_likelihood(z, torch.full_like(tokens, 10**9)).isfinite().all()

@@ -1,10 +1,10 @@
-"""A flow is invertible, and its density is that of the change of variables."""
+"""Conditional flows: invertible, with the density of the change of variables."""
 
 import pytest
 import torch
 from torch.distributions import Independent, Normal
 
-from training.baselines.flow import ConditionalFlow
+from concord.training.baselines.flow import ConditionalFlow
 
 FEATURES, ROWS, SAMPLES = 3, 4, 6
 
@@ -15,45 +15,45 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(params=[2, 5])
 def flow(request: pytest.FixtureRequest) -> ConditionalFlow:
-    """As if trained: couplings that begin as the identity are moved off it. An odd latent size splits unevenly."""
+    """A flow with random weights, because couplings are initialised as the identity. The odd latent size splits unevenly."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = ConditionalFlow(latent=request.param, features=FEATURES, hidden=7, couplings=4)
-        for parameter in made.parameters():
+        flow = ConditionalFlow(latent=request.param, features=FEATURES, hidden=7, couplings=4)
+        for parameter in flow.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
-    return made.double().requires_grad_(False)
+    return flow.double().requires_grad_(False)
 
 
-def drawn(flow: ConditionalFlow) -> tuple[torch.Tensor, torch.Tensor]:
+def noise_and_context(flow: ConditionalFlow) -> tuple[torch.Tensor, torch.Tensor]:
     noise = torch.randn(ROWS, SAMPLES, flow.latent, generator=seeded(1), dtype=torch.float64)
     return noise, torch.randn(ROWS, FEATURES, generator=seeded(2), dtype=torch.float64)
 
 
-def test_couplings_invert(flow: ConditionalFlow) -> None:
-    noise, context = drawn(flow)
-    around = context.unsqueeze(1).expand(-1, SAMPLES, -1)
+def test_coupling_inverse_undoes_the_coupling(flow: ConditionalFlow) -> None:
+    noise, context = noise_and_context(flow)
+    condition = context.unsqueeze(1).expand(-1, SAMPLES, -1)
     for coupling in flow.couplings:
-        z, there = coupling(noise, around)
-        back, home = coupling.inverse(z, around)
-        torch.testing.assert_close(back, noise)
-        torch.testing.assert_close(there, -home)
+        z, log_determinant = coupling(noise, condition)
+        inverse, inverse_log_determinant = coupling.inverse(z, condition)
+        torch.testing.assert_close(inverse, noise)
+        torch.testing.assert_close(log_determinant, -inverse_log_determinant)
         assert (z - noise).abs().max() > 0.1
 
 
-def test_the_density_is_that_of_the_jacobian(flow: ConditionalFlow) -> None:
-    noise, context = drawn(flow)
+def test_log_density_matches_the_jacobian(flow: ConditionalFlow) -> None:
+    noise, context = noise_and_context(flow)
     z = flow.sample(noise, context)
-    found = flow.log_density(z, context)
+    density = flow.log_density(z, context)
     for row in range(ROWS):
         for s in range(SAMPLES):
             jacobian = torch.autograd.functional.jacobian(
                 lambda e, row=row: flow.sample(e.view(1, 1, -1), context[row : row + 1])[0, 0], noise[row, s]
             )
             expected = Independent(Normal(torch.zeros(flow.latent).double(), 1.0), 1).log_prob(noise[row, s])
-            torch.testing.assert_close(found[row, s], expected - torch.linalg.slogdet(jacobian).logabsdet)
+            torch.testing.assert_close(density[row, s], expected - torch.linalg.slogdet(jacobian).logabsdet)
 
 
-def test_an_untrained_flow_is_a_gaussian() -> None:
+def test_untrained_flow_is_its_base_gaussian() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         flow = ConditionalFlow(latent=4, features=FEATURES, hidden=7, couplings=3)
@@ -62,8 +62,8 @@ def test_an_untrained_flow_is_a_gaussian() -> None:
     torch.testing.assert_close(flow.sample(noise, context), mean + (log_var / 2).exp() * noise)
 
 
-def test_a_flow_learns_what_no_gaussian_can() -> None:
-    """Two modes, and none of the mass between them."""
+def test_flow_learns_a_bimodal_density() -> None:
+    """Two modes without mass between them, which no Gaussian can represent."""
     torch.manual_seed(0)
     flow = ConditionalFlow(latent=2, features=1, hidden=32, couplings=4)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
@@ -76,5 +76,5 @@ def test_a_flow_learns_what_no_gaussian_can() -> None:
         loss.backward()
         optimizer.step()
     z = flow.sample(torch.randn(1, 2000, 2, generator=seeded(3)), context)[0]
-    assert (z[:, 0].abs() > 1).float().mean() > 0.85  # of the Gaussian of these moments, 0.62
+    assert (z[:, 0].abs() > 1).float().mean() > 0.85  # a Gaussian with these moments: 0.62
     assert 0.3 < (z[:, 0] > 0).float().mean() < 0.7

@@ -1,0 +1,162 @@
+"""Columns of sounds: forms of a cell, inferred configurations, rows chosen by a column, translations in time."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from concord.model import codec
+from concord.model.modality import AudioModality, CategoricalModality
+from concord.training.config import Config, Source
+from concord.training.data import dataset
+from concord.training.data.infer_schema import infer_schema
+from concord.training.data.sources import read_table
+from concord.training.data.tables import HubTable
+from concord.training.errors import DataError
+from tests.support.sounds import RATE, SEVEN, SOUND, encode_sound, speech
+
+CONTENT = SEVEN.read_bytes()
+LANGUAGE = CategoricalModality(name="language", classes=("ar", "en"))
+
+
+def write(folder: Path, rows: dict[str, list[Any]], **features: Any) -> None:
+    table = datasets.Dataset.from_dict(rows)
+    for column, feature in features.items():
+        table = table.cast_column(column, feature)
+    table.to_parquet(folder / "rows.parquet")
+
+
+def read(folder: Path, **options: Any) -> Any:
+    columns = {"sound": "audio", "language": "language"}
+    source = Source(**{"train": "rows.parquet", "test": "rows.parquet", "columns": columns, "licence": "none", **options})
+    return read_table(source, "train", {"sound": SOUND, "language": LANGUAGE}, folder)
+
+
+def test_bytes_paths_and_hugging_face_audio_are_the_same_array(tmp_path: Path) -> None:
+    (tmp_path / "seven.flac").write_bytes(CONTENT)
+    expected = codec.parse_bytes(SOUND, CONTENT)
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    by_struct = [{"bytes": CONTENT, "path": "seven.flac"}, {"bytes": None, "path": "seven.flac"}, None]
+    for cells in (
+        pa.array(by_struct, struct),
+        pa.array([CONTENT, CONTENT, None]),
+        pa.array(["seven.flac", "seven.flac", None]),
+    ):
+        pq.write_table(pa.table({"audio": cells, "language": ["en"] * 3}), tmp_path / "rows.parquet")
+        column = read(tmp_path).columns["sound"]
+        assert column.present.tolist() == [True, True, False]
+        np.testing.assert_array_equal(column.values, [expected, expected, 0 * expected])
+
+
+def test_invalid_sound_names_its_row(tmp_path: Path) -> None:
+    write(tmp_path, {"audio": [CONTENT, CONTENT[:50]], "language": ["en", "en"]})
+    with pytest.raises(DataError, match=r"row 1, column 'audio': invalid sound: the audio file is damaged or cut short"):
+        read(tmp_path)
+    write(tmp_path, {"audio": ["gone.wav"], "language": ["en"]})
+    with pytest.raises(DataError, match=r"row 0, column 'audio': invalid sound: no such file: 'gone\.wav'"):
+        read(tmp_path)
+
+
+def test_where_selects_rows_by_strings_or_class_names_before_they_are_split(tmp_path: Path) -> None:
+    rows = {
+        "audio": [CONTENT] * 6,
+        "language": [1, 0, 1, 0, 1, 1],
+        "fold": ["train", "train", "test", "test", "train", "train"],
+    }
+    write(tmp_path, rows, language=datasets.ClassLabel(names=["ar", "en"]))
+    by_column = read(tmp_path, where={"language": "en"}, test=None, split="fold")
+    assert len(by_column) == 3
+    assert by_column.columns["language"].values[:, 0].tolist() == [1, 1, 1]
+    assert len(read(tmp_path, where={"language": "ar", "fold": "test"})) == 1
+    assert len(read(tmp_path, where={"language": "en"}, test=None, held_out=0.25)) == 3
+    with pytest.raises(DataError, match=r"no row has 'fr' in column 'language'; it holds ar, en"):
+        read(tmp_path, where={"language": "fr"})
+    with pytest.raises(DataError, match=r"no column \['speaker'\]"):
+        read(tmp_path, where={"speaker": "en-1"})
+
+
+def test_random_shift_moves_sounds_in_time_only(tmp_path: Path) -> None:
+    write(tmp_path, {"audio": [CONTENT] * 20, "language": ["en", "ar"] * 10})
+    config = Config.model_validate(
+        {
+            "name": "sounds",
+            "modalities": [SOUND.model_dump(), LANGUAGE.model_dump()],
+            "data": {
+                "pairing": "row",
+                "random_shift": {"sound": 2},
+                "sources": [
+                    {
+                        "train": "rows.parquet",
+                        "held_out": 0.1,
+                        "columns": {"sound": "audio", "language": "language"},
+                        "licence": "none",
+                    }
+                ],
+            },
+        }
+    )
+    rows = dataset.load(config, "train", tmp_path)
+    expected = codec.parse_bytes(SOUND, CONTENT)
+    assert not expected[..., :2].any()
+    assert not expected[..., -2:].any()  # so that a translation is a roll
+    shifts = set()
+    for batch in rows.batches(0, 18, 0):
+        for array in batch.arrays["sound"].numpy():
+            (shift,) = [s for s in range(-2, 3) if np.array_equal(array, np.roll(expected, s, axis=2))]
+            shifts.add(shift)
+    assert len(shifts) >= 4
+    (still,) = rows.batches(0, 18, 0, shuffle=False)
+    assert all(np.array_equal(array, expected) for array in still.arrays["sound"].numpy())
+
+
+def test_random_shift_of_a_text_names_image_and_audio_modalities() -> None:
+    source = {"train": "r.parquet", "held_out": 0.1, "columns": {"sound": "a", "language": "l"}, "licence": "none"}
+    modalities = [SOUND.model_dump(), LANGUAGE.model_dump()]
+    data = {"pairing": "row", "random_shift": {"language": 2}, "sources": [source]}
+    with pytest.raises(ValueError, match=r"random_shift names \['language'\], the image and audio modalities are \['sound'\]"):
+        Config.model_validate({"name": "sounds", "modalities": modalities, "data": data})
+
+
+def clip(seconds: float, rate: int, file_format: str = "WAV") -> bytes:
+    tone = np.sin(np.arange(int(seconds * rate)) / 5)
+    file = io.BytesIO()
+    soundfile.write(file, tone, rate, format=file_format)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("values", "fields"),
+    [
+        ([CONTENT] * 20, {"sample_rate": RATE, "seconds": 0.5, "window": 512, "hop": 256}),
+        ([clip(1.23, 44_100, "FLAC")] * 20, {"sample_rate": 16_000, "seconds": 1.3, "window": 1024, "hop": 512}),
+        ([clip(20, 16_000, "OGG")] * 20, {"sample_rate": 16_000, "seconds": 4.0}),
+        ([clip(1, RATE)] * 19 + [clip(9, RATE)], {"seconds": 1.0}),
+        ([None, b"no sound", *[CONTENT] * 18], {"sample_rate": RATE}),
+    ],
+    ids=["speech", "44 kHz", "long", "one long", "some damaged"],
+)
+def test_inferred_fields_make_a_valid_modality(values: list[bytes | None], fields: dict[str, Any]) -> None:
+    table = datasets.Dataset.from_dict({"clip": [value and {"bytes": value, "path": None} for value in values]})
+    (schema,) = infer_schema(HubTable(table.cast_column("clip", datasets.Audio(decode=False)), "rows"))
+    assert schema.role == "audio"
+    assert schema.fields.items() >= fields.items()
+    modality = AudioModality(name="clip", **schema.fields)
+    codec.parse(modality, codec.render(modality, codec.parse_bytes(modality, encode_sound(speech())))["data"])
+    assert schema.note.startswith("sounds of ")
+    assert ("1 of 19 sampled sounds are damaged" in schema.note) == (b"no sound" in values)
+
+
+def test_missing_package_ends_loading_with_the_extra_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    source = {"train": "r.parquet", "held_out": 0.1, "columns": {"sound": "a", "language": "l"}, "licence": "none"}
+    modalities = [SOUND.model_dump(), LANGUAGE.model_dump()]
+    config = Config.model_validate({"name": "s", "modalities": modalities, "data": {"pairing": "row", "sources": [source]}})
+    with pytest.raises(DataError, match=r"pip install 'concord-mvae\[audio\]'"):
+        dataset.load(config, "train", tmp_path)

@@ -1,0 +1,68 @@
+"""The image of samples: every subset if they fit, else a choice of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from concord.model.modality import CategoricalModality, ImageModality, Modality, TextModality, VectorModality
+from concord.training.data.dataset import Batch
+from concord.training.reports import sample_grid
+from concord.training.reports.sample_grid import MAX_HEIGHT, grid_caption, render_grid
+
+
+def modalities(kinds: str, side: int = 8) -> list[Modality]:
+    """Return a modality for each letter: i(mage), t(ext), c(ategorical), v(ector)."""
+    make: dict[str, Callable[[str], Modality]] = {
+        "i": lambda name: ImageModality(name=name, channels=3, height=side, width=side),
+        "t": lambda name: TextModality(name=name, length=3, alphabet=" ab"),
+        "c": lambda name: CategoricalModality(name=name, classes=("a", "b")),
+        "v": lambda name: VectorModality(name=name, size=2, mean=(0.0, 0.0), std=(1.0, 1.0)),
+    }
+    return [make[kind](f"{kind}{number}") for number, kind in enumerate(kinds)]
+
+
+def batch_of(chosen: list[Modality], make_rows: Any) -> Batch:
+    return Batch(make_rows(chosen, sample_grid.ROWS), torch.ones(sample_grid.ROWS, len(chosen), dtype=torch.bool), None)
+
+
+@pytest.mark.parametrize(("kinds", "side"), [("ittccccc", 80), ("iiiiiiii", 64), ("tcv", 8), ("cv", 8), ("it", 8), ("iiit", 8)])
+def test_grid_is_at_most_2000_pixels_high(make_vae: Any, make_rows: Any, kinds: str, side: int) -> None:
+    chosen = modalities(kinds, side)
+    image = render_grid(make_vae(chosen), batch_of(chosen, make_rows))
+    assert 0 < image.height <= MAX_HEIGHT == 2000
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("10000000", "from\ni0"),
+        ("11110000", "from\ni0\nand t1\nand c2\nand c3"),
+        ("11111110", "from all but\nc7"),
+        ("11111000", "from all but\nc5\nand c6\nand c7"),
+    ],
+)
+def test_large_subset_is_named_by_what_it_lacks(given: str, expected: str) -> None:
+    assert sample_grid._label(modalities("itcccccc"), torch.tensor([bit == "1" for bit in given])) == expected
+
+
+@given(st.text("itcv", min_size=2, max_size=8), st.sampled_from([8, 64]))
+def test_grid_shows_every_subset_or_the_single_ones_first(kinds: str, side: int) -> None:
+    chosen = modalities(kinds, side)
+    names, shown = [m.name for m in chosen], list(sample_grid._shown_subsets(chosen))
+    count = 2 ** len(chosen) - 2
+    assert len(set(shown)) == len(shown) <= count
+    assert "+".join(names) not in shown
+    sizes = [name.count("+") + 1 for name in shown]
+    assert sizes == sorted(sizes)
+    if len(shown) == count:
+        assert grid_caption(chosen) == "One sample of the posterior of each subset, next to its inputs"
+        return
+    assert grid_caption(chosen).startswith(f"One sample of the posterior of {len(shown)} of the {count} subsets")
+    assert (len(shown) + 1) * sample_grid._block_height(chosen) > MAX_HEIGHT, "there is no space for another one"
+    assert names[: len(shown)] == shown[: len(names)]
+    all_but_one = [set(names) - set(subset.split("+")) for subset in shown if subset.count("+") == len(names) - 2]
+    assert set().union(*all_but_one) == set(names[: len(all_but_one)]), "they lack the first modalities"
