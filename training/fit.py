@@ -252,22 +252,25 @@ class _Training:
     def _validate(self, stage: Stage, index: int) -> float:
         """Return the mean score of the validation rows, with the same noise after each epoch.
 
-        The rows run in batches of the size of a micro-batch, without gradients, so validation needs less memory than a step.
+        The batches have the size of those of training, so their losses compare as many rows, and the result is the same for any
+        number of processes and micro-batches up to rounding. Nothing keeps gradients, so this needs less memory than a step.
 
         Raises:
             ConfigError: the stage uses none of the validation rows.
         """
         assert self.validation is not None
-        rows = stage.rows(self.validation)
-        size = max(2, stage.settings.batch_size // stage.settings.accumulate)
+        rows, settings = stage.rows(self.validation), stage.settings
         total = torch.zeros(2, dtype=torch.float64)  # sum of the scores, number of rows
-        for number, batch in enumerate(rows.batches(0, size, 0, shuffle=False)):
+        for number, batch in enumerate(rows.batches(0, settings.batch_size, 0, shuffle=False)):
             if not rows.shard and number % self.group.size != self.group.rank:
                 continue  # of another process
             seed = _seed(self.config.seed, index, number, _VALIDATION_STREAM)
-            with torch.no_grad(), precision(self.config, self.device):
-                loss, figures = stage(batch.to(self.device), Noise(seed, len(batch), device=self.device))
-            total += len(batch) * torch.tensor([stage.score(loss, figures).item(), 1.0], dtype=torch.float64)
+            part = _Part(stage, batch.to(self.device), seed, len(batch), 0)
+            alone = ProcessGroup()  # the other processes have other batches
+            with torch.no_grad():
+                for share, loss, figures in self._losses(part, alone, min(settings.accumulate, len(batch))):
+                    score = share * stage.score(loss, figures).item()
+                    total += len(batch) * torch.tensor([score, share], dtype=torch.float64)
         score, count = self.group.sum(total.float().to(self.device)).cpu().tolist()
         if not count:
             raise ConfigError(
@@ -333,20 +336,31 @@ class _Training:
     def _backward_part(self, part: "_Part") -> dict[str, Tensor]:
         """Add the gradients of a batch's loss, one micro-batch after another. Return this process's part of the means."""
         means: dict[str, Tensor] = {}
-        stage = part.stage
-        micro_batches = self.group.micro_batches(part.size, stage.settings.accumulate)
-        embeddings = self._embeddings(part, micro_batches)
+        for share, loss, figures in self._losses(part, self.group, part.stage.settings.accumulate):
+            (loss * share).backward()
+            for name, figure in {**figures, "loss": loss}.items():
+                means[name] = means.get(name, 0.0) + figure.detach() * share
+        return means
+
+    def _losses(
+        self, part: "_Part", group: ProcessGroup, accumulate: int
+    ) -> Iterator[tuple[float, Tensor, Mapping[str, Tensor]]]:
+        """Yield for each micro-batch its share of the rows of the batch, its loss and the figures of the loss.
+
+        Args:
+            part: the batch.
+            group: processes among which the batch is split.
+            accumulate: micro-batches of each of them.
+        """
+        stage, micro_batches = part.stage, group.micro_batches(part.size, accumulate)
+        embeddings = self._embeddings(part, group, micro_batches)
         for micro_batch in micro_batches:
             with precision(self.config, self.device):
                 within = stage if embeddings is None else stage.within(WholeBatch(part.batch, embeddings, micro_batch))
                 loss, figures = within(part.take(micro_batch), Noise(part.seed, part.size, micro_batch, self.device))
-            weight = (micro_batch.stop - micro_batch.start) / part.size
-            (loss * weight).backward()
-            for name, figure in {**figures, "loss": loss}.items():
-                means[name] = means.get(name, 0.0) + figure.detach() * weight
-        return means
+            yield (micro_batch.stop - micro_batch.start) / part.size, loss, figures
 
-    def _embeddings(self, part: "_Part", micro_batches: Sequence[slice]) -> Tensor | None:
+    def _embeddings(self, part: "_Part", group: ProcessGroup, micro_batches: Sequence[slice]) -> Tensor | None:
         """Return ``Stage.embed`` of the whole batch, without gradient. None: a loss needs its own rows only."""
         if micro_batches == [slice(0, part.size)]:
             return None
@@ -357,7 +371,7 @@ class _Training:
             if rows is None:
                 return None
             found.append((micro_batch, rows))
-        return self.group.gather(found, part.size)
+        return group.gather(found, part.size)
 
     def _time_left(self, stage: int, step: int, step_seconds: float) -> dict[str, str]:
         left = self.forecast.seconds_left(stage, step, step_seconds) if self.forecast else 0.0
