@@ -337,7 +337,7 @@ class _Training:
         """Add the gradients of a batch's loss, one micro-batch after another. Return this process's part of the means."""
         means: dict[str, Tensor] = {}
         for share, loss, figures in self._losses(part, self.group, part.stage.settings.accumulate):
-            (loss * share).backward()
+            (loss * share).backward()  # type: ignore[no-untyped-call]
             for name, figure in {**figures, "loss": loss}.items():
                 means[name] = means.get(name, 0.0) + figure.detach() * share
         return means

@@ -71,7 +71,7 @@ class Engine:
         max_batch: rows in one run of a graph.
         max_failures: consecutive batches without a success, after which requests are rejected.
         probe_seconds: between two self-tests while requests are rejected.
-        observer: receives batches, stages, waits, refinements and errors, in the thread that runs the graphs. Never two at a time.
+        observer: receives batches, stages, waits, refinements and errors, in the thread that runs the graphs, one at a time.
         on_device_lost: called in the inference thread before it ends because no graph can run any more.
     """
 
