@@ -284,6 +284,8 @@ class Runtime:
         # ONNX Runtime's default counts the cores of the host, not those that a container may use.
         options.intra_op_num_threads = self.device.threads(threads, len(graphs.names) + len(self.bundle.manifest.encoders))
         options.inter_op_num_threads = 1
+        # On a CPU, where batches have any size, the plans for all sizes together would keep more memory and save no time.
+        options.enable_mem_pattern = not self.device.is_cpu
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for ``nodes_by_provider``
         # Otherwise ONNX Runtime maps the weights file, and the process dies if that file is truncated.

@@ -1,7 +1,9 @@
 """Several worker processes behind one port: the same results, one set of metrics and quotas, and faults of single workers."""
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from concord.model import bundle
 from tests.support.bundles import cut_short, write_copy
@@ -34,6 +37,11 @@ def embed_on_new_connection(service: Service, **headers: str) -> httpx.Response:
     """Send a small request over a connection that no other request uses."""
     with httpx.Client(base_url=service.client.base_url, trust_env=False, timeout=60) as client:
         return client.post("/embed", json=EMBED, headers=headers)
+
+
+def levels(image: dict[str, str]) -> list[int]:
+    """Return the levels of all pixels of a generated picture."""
+    return [*Image.open(io.BytesIO(base64.b64decode(image["data"]))).tobytes()]
 
 
 def connections_of_each_worker(service: Service) -> dict[int, int]:
@@ -65,6 +73,11 @@ def test_results_of_workers_are_those_of_one_process(workers: Service) -> None:
     for body, alone in zip(asyncio.run(send_together(workers.port)), expected, strict=True):
         result, reference = (json.loads(one)["data"][0] for one in (body, alone))
         assert result.get("embedding") == pytest.approx(reference.get("embedding"), abs=1e-5)
+        pictures = [
+            [level for value in one.get("generated", {}).get("digit", ()) for level in levels(value)]
+            for one in (result, reference)
+        ]
+        assert pictures[0] == pytest.approx(pictures[1], abs=1), "batches round otherwise, by one level at most"
 
 
 def test_connections_are_shared_evenly(workers: Service) -> None:
