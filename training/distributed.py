@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +22,8 @@ from concord.training.errors import ConfigError, RunError, TrainingError
 
 CPU = torch.device("cpu")
 DEVICE_KINDS = ("cpu", "cuda", "mps")
+WAIT = timedelta(hours=12)
+"""How long a process waits for the others: rank zero may read a large data set first. torchrun ends all if one has ended."""
 T = TypeVar("T")
 
 
@@ -250,7 +253,7 @@ def process_group(device: torch.device = CPU) -> Iterator[ProcessGroup]:
     # The functions of this module take the group that exists when the module is imported as their default. If the first
     # optimiser imported it, they would keep this group alive, and its threads sometimes abort the exit of the interpreter.
     importlib.import_module("torch.distributed.nn")
-    distributed.init_process_group()  # gloo for tensors on the CPU, nccl for tensors on a GPU
+    distributed.init_process_group(timeout=WAIT)  # gloo for tensors on the CPU, nccl for tensors on a GPU
     try:
         check_devices(device)
         yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), os.getppid())
