@@ -8,7 +8,7 @@ from concord.model.runtime import Posterior, Runtime
 
 
 class GatedRuntime(Runtime):
-    """The real graphs. Every run of ``encode`` and ``refine`` waits at a gate, which is open at first.
+    """The real graphs. Every run of ``encode`` and ``step`` waits at a gate, which is open at first.
 
     Attributes:
         encode_gate: while it is closed, the inference thread waits before it encodes.
@@ -16,7 +16,7 @@ class GatedRuntime(Runtime):
         entered: set when a run arrives at a gate.
         before_encode: called with the arguments of ``encode`` after the gate; it may sleep or raise.
         batches: number of rows of each run of ``encode``.
-        steps: number of runs of ``refine``.
+        steps: number of runs of ``step``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,10 +46,10 @@ class GatedRuntime(Runtime):
         self.before_encode(inputs, present)
         return super().encode(inputs, present)
 
-    def refine(self, *args: Any) -> Any:
+    def step(self, *args: Any) -> Any:
         self.steps += 1
         self._pass(self.refine_gate)
-        return super().refine(*args)
+        return super().step(*args)
 
     def _pass(self, gate: threading.Event) -> None:
         self.entered.set()
