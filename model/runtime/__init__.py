@@ -145,8 +145,10 @@ class Runtime:
         Returns:
             the next posterior, and the objective of ``posterior`` (not of the next one), (batch,), to be maximised.
         """
-        rows = {**self.table_rows(inputs, present, posterior, anchor, noise), SLOTS: np.arange(len(present))}
-        (result,) = self._refine.run([RESULT], rows)
+        rows = len(present)
+        slots = np.arange(rows) % (self.batch_sizes[-1] if self._is_fixed else rows)  # of its batch
+        feed = {**self.table_rows(inputs, present, posterior, anchor, noise), SLOTS: slots}
+        (result,) = self._refine.run([RESULT], feed)
         return Posterior(result[:, : self.latent], result[:, self.latent : -1]), result[:, -1]
 
     def table_rows(

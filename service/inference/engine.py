@@ -89,9 +89,7 @@ class Engine:
     ) -> None:
         self._runtime = runtime
         self._on_device_lost = on_device_lost
-        self._scheduler = Scheduler(
-            runtime, max_batch=max_batch, observer=observer or NullObserver(), max_rows=max_queue_items
-        )
+        self._scheduler = Scheduler(runtime, max_batch=max_batch, observer=observer or NullObserver(), max_rows=max_queue_items)
         self._max_queue_items = max_queue_items
         self._max_wait = max_wait
         self._max_failures = max_failures

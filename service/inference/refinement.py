@@ -55,9 +55,7 @@ class RefinementState:
         self._trace: list[float] = []
         self._stopped: StopReason | None = None
 
-    def advance(
-        self, objective: float, following: Float32[np.ndarray, " parameters"], *, finite: bool, now: float
-    ) -> bool:
+    def advance(self, objective: float, following: Float32[np.ndarray, " parameters"], *, finite: bool, now: float) -> bool:
         """Record the objective of the present posterior and move on to the next one.
 
         Args:

@@ -281,9 +281,7 @@ class Scheduler:
         incomplete = ~present.all(axis=1, keepdims=True)
         anchor = Posterior(start.mean * incomplete, start.log_var * incomplete)
         count = self._runtime.noise_samples
-        halves = [
-            noise(row.job.seed, row.job.index, Stream.REFINE, (count + 1) // 2, self._runtime.latent) for row in rows
-        ]
+        halves = [noise(row.job.seed, row.job.index, Stream.REFINE, (count + 1) // 2, self._runtime.latent) for row in rows]
         noises = np.stack([antithetic(half, count) for half in halves])
         slots = self._table.take(self._runtime.table_rows(inputs, present, start, anchor, noises))
         for row, slot in zip(rows, slots, strict=True):

@@ -1,10 +1,14 @@
 """Runtimes that a test controls: it stops inference at a gate, slows it down, or makes it fail."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from concord.model.bundle.manifest import graph_input
 from concord.model.runtime import Posterior, Runtime
+from concord.model.runtime.refinement_table import RefinementTable, table
 
 
 class GatedRuntime(Runtime):
@@ -54,3 +58,9 @@ class GatedRuntime(Runtime):
     def _pass(self, gate: threading.Event) -> None:
         self.entered.set()
         assert gate.wait(60), "the test did not open the gate"
+
+
+def read_rows(runtime: Runtime, held: RefinementTable, slots: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return ``present`` and the array of each modality of the rows in some slots of a table."""
+    names = {"present": "present", **{m.name: graph_input(m.name) for m in runtime.modalities}}
+    return {name: held._tables[table(value)].numpy()[slots] for name, value in names.items()}

@@ -16,6 +16,7 @@ from concord.service.inference import scheduler as scheduler_module
 from concord.service.inference.jobs import InferenceJob, InferenceResult, RefinementLimits
 from concord.service.inference.refinement import Stream, antithetic, noise
 from concord.service.inference.scheduler import TICK_SECONDS, NullObserver, Row, Scheduler
+from tests.support.runtimes import read_rows
 
 
 class Recorder(NullObserver):
@@ -53,8 +54,8 @@ class FaultyRuntime(Runtime):
     def encode(self, inputs: Any, present: Any) -> Posterior:
         return self._run("encode", inputs, lambda: super(FaultyRuntime, self).encode(inputs, present))
 
-    def refine(self, inputs: Any, *args: Any) -> Any:
-        return self._run("refine", inputs, lambda: super(FaultyRuntime, self).refine(inputs, *args))
+    def step(self, held: Any, slots: Any) -> Any:
+        return self._run("refine", read_rows(self, held, slots), lambda: super(FaultyRuntime, self).step(held, slots))
 
     def sample(self, posterior: Any, noise: Any) -> Any:
         return self._run("sample", noise, lambda: super(FaultyRuntime, self).sample(posterior, noise))
@@ -275,13 +276,12 @@ class TestRefinement:
     def test_only_rows_of_one_subset_step_together(self, faulty: FaultyRuntime) -> None:
         """A decoder then never runs for a modality that no row of the batch has. Every subset gets its turn."""
         batches: list[set[bytes]] = []
-        refine = faulty.refine
 
-        def recorded(inputs: Any, present: Any, *args: Any) -> Any:
-            batches.append({mask.tobytes() for mask in present})
-            return refine(inputs, present, *args)
+        def record(stage: str, inputs: Any) -> None:
+            if stage == "refine":
+                batches.append({mask.tobytes() for mask in inputs["present"]})
 
-        faulty.refine = recorded  # type: ignore[method-assign]
+        faulty.before = record
         jobs = [InferenceJob(job.row, 0, index, RefinementLimits(2)) for index, job in enumerate(mixed_jobs(faulty))]
         run(make_scheduler(faulty), jobs)
         assert [len(masks) for masks in batches] == [1] * 21  # three evaluations of each of seven subsets
@@ -311,13 +311,13 @@ class TestRefinement:
 
     def test_quick_steps_grow_while_unrefined_rows_arrive(self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes: list[int] = []
-        refine = runtime.refine
+        step = runtime.step
 
-        def recorded(inputs: Any, present: Any, *args: Any) -> Any:
-            sizes.append(len(present))
-            return refine(inputs, present, *args)
+        def recorded(held: Any, slots: Any) -> Any:
+            sizes.append(len(slots))
+            return step(held, slots)
 
-        monkeypatch.setattr(runtime, "refine", recorded)
+        monkeypatch.setattr(runtime, "step", recorded)
         monkeypatch.setattr(scheduler_module, "TICK_SECONDS", 1e9)
         monkeypatch.setattr(scheduler_module, "PRIORITY_SECONDS", 1e9)
         scheduler = make_scheduler(runtime)
@@ -340,14 +340,13 @@ class TestRefinement:
             posterior, objective = outputs
             runs += 1
             if runs > after_steps and len(objective) == 2:  # the first row has not left yet
-                mean, log_var, objective = posterior.mean.copy(), posterior.log_var.copy(), objective.copy()
+                posterior, objective = posterior.copy(), objective.copy()
                 if output in ("posterior", "all"):
-                    mean[0, 0] = np.nan
+                    posterior[0, 0] = np.nan
                 if output in ("log_var", "all"):
-                    log_var[0, -1] = np.inf
+                    posterior[0, -1] = np.inf
                 if output in ("objective", "all"):
                     objective[0] = np.nan
-                posterior = Posterior(mean, log_var)
             return posterior, objective
 
         row = complete_row(faulty, 0)
