@@ -170,7 +170,7 @@ class Runtime:
         }
 
     def refinement_table(self, capacity: int) -> RefinementTable:
-        """Return an empty table for ``capacity`` rows under refinement. It takes their arrays as ``table_rows`` returns them."""
+        """Return an empty table for ``capacity`` rows under refinement, whose arrays ``table_rows`` returns."""
         file = self.bundle.manifest.graphs.refine
         fixed = self.fixed_graphs.get(file)
         return RefinementTable(self._sessions[file], self.device, capacity, fixed, capture=file in self._capturing)
@@ -397,7 +397,7 @@ class Runtime:
     def _open_capturing(
         self, name: str, content: bytes, options: onnxruntime.SessionOptions
     ) -> onnxruntime.InferenceSession | None:
-        """A session whose runs are captured as CUDA graphs. None if ONNX Runtime does not allow it, as for a node on the CPU."""
+        """A session whose runs are captured as CUDA graphs. None if ONNX Runtime refuses, as for a node on the CPU."""
         try:
             session = onnxruntime.InferenceSession(
                 content, options, providers=self.device.capturing_providers, enable_fallback=0

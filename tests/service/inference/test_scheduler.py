@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from concord.model import bundle
 from concord.model.modality import TextModality, collate
@@ -367,6 +369,91 @@ class TestRefinement:
         else:
             np.testing.assert_allclose(refinement.after, expected[refinement.steps].refinement.after, rtol=1e-5)
         assert (other.refinement.steps, other.refinement.stopped) == (9, "steps")
+
+
+class TestSlots:
+    """Rows come, step, finish, are abandoned and fail in any order: no slot leaks, and results are those of the serial path."""
+
+    CAPACITY = 6
+
+    @staticmethod
+    def serial(runtime: Runtime, job: InferenceJob) -> tuple[np.ndarray, float]:
+        """Return the refined mean and its objective, computed one row and one step at a time, without the scheduler."""
+        inputs, present = collate(runtime.modalities, [job.row])
+        start = q = runtime.encode(inputs, present)
+        zeros = np.zeros_like(start.mean)
+        anchor = Posterior(zeros, zeros) if present.all() else start
+        count = runtime.noise_samples
+        eps = antithetic(noise(job.seed, job.index, Stream.REFINE, (count + 1) // 2, runtime.latent), count)[None]
+        best, highest = q, -np.inf
+        for _ in range(job.refine.steps + 1):
+            following, (objective,) = runtime.refine(inputs, present, q, anchor, eps)
+            if objective > highest:
+                best, highest = q, float(objective)
+            q = following
+        return best.mean[0], highest
+
+    def test_rows_in_any_order_leak_no_slot_and_equal_the_serial_path(self, faulty: FaultyRuntime) -> None:
+        serial: dict[int, tuple[np.ndarray, float]] = {}
+        jobs = []
+        for index in range(12):
+            row = complete_row(faulty, index)
+            names = ("word",) if index % 3 else ("word", "digit")
+            jobs.append(InferenceJob({name: row[name] for name in names}, index, index, RefinementLimits(1 + index % 3)))
+        operations = st.lists(
+            st.tuples(st.sampled_from(["add", "add", "step", "step", "abandon", "poison", "memory"]), st.integers(0, 11)),
+            max_size=20,
+        )
+
+        @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+        @given(operations)
+        def run(operations: list[tuple[str, int]]) -> None:
+            scheduler = Scheduler(faulty, max_batch=3, observer=NullObserver(), max_rows=self.CAPACITY)
+            table, poisoned, short_of_memory = scheduler._table, set[bytes](), [False]
+
+            def fail(stage: str, inputs: Any) -> None:
+                if stage == "refine":
+                    if short_of_memory[0] and len(inputs["word"]) > 1:
+                        raise RuntimeError("Failed to allocate memory")
+                    if any(word.tobytes() in poisoned for word in inputs["word"]):
+                        raise RuntimeError("poison")
+
+            def check() -> None:
+                held = [row.slot for row in scheduler._active if row.slot is not None]
+                assert len(set(held)) == len(held), "two rows in one slot"
+                assert table.free + len(held) == self.CAPACITY, "a slot leaked"
+
+            faulty.before = fail
+            rows: list[Row] = []
+            for operation, number in operations:
+                if operation == "add" and scheduler.active < self.CAPACITY:
+                    rows.append(Row(jobs[number], monotonic()))
+                    scheduler.add(rows[-1:])
+                elif operation == "step":
+                    scheduler.step()
+                elif operation == "abandon" and rows:
+                    rows[number % len(rows)].abandoned = True
+                elif operation == "poison":
+                    poisoned.add(jobs[number].row["word"].tobytes())
+                elif operation == "memory":
+                    short_of_memory[0] = not short_of_memory[0]
+                check()
+            while scheduler.active:
+                scheduler.step()
+                check()
+            assert table.free == self.CAPACITY
+            faulty.before = None
+            for row in rows:
+                index = row.job.index
+                if isinstance(row.result, InferenceResult):
+                    if index not in serial:
+                        serial[index] = self.serial(faulty, row.job)
+                    np.testing.assert_allclose(row.result.mean, serial[index][0], rtol=1e-4, atol=1e-4)
+                    np.testing.assert_allclose(row.result.refinement.after, serial[index][1], rtol=1e-5)
+                else:
+                    assert row.abandoned or str(row.result) == "poison"
+
+        run()
 
 
 class TestFaults:
