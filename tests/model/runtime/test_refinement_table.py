@@ -57,9 +57,9 @@ class Serial:
         return np.concatenate([q.mean, q.log_var], axis=1)[0], float(objective[0])
 
 
-@pytest.mark.parametrize("name", ["free", "fixed"])
-def test_steps_of_any_rows_equal_those_of_each_row_alone(name: str, request: pytest.FixtureRequest, make_rows: Any) -> None:
-    runtime, free = request.getfixturevalue(name), request.getfixturevalue("free")
+@pytest.mark.parametrize("sizes", ["any", "fixed"])
+def test_steps_of_any_rows_equal_those_of_each_row_alone(sizes: str, free: Runtime, fixed: Runtime, make_rows: Any) -> None:
+    runtime = free if sizes == "any" else fixed
 
     @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(st.tuples(st.sampled_from(["take", "step", "step", "release", "fail"]), st.integers(0, 1000)), max_size=12))
