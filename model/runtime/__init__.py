@@ -173,7 +173,7 @@ class Runtime:
         """Return an empty table for ``capacity`` rows under refinement, whose arrays ``table_rows`` returns."""
         file = self.bundle.manifest.graphs.refine
         fixed = self.fixed_graphs.get(file)
-        return RefinementTable(self._sessions[file], self.device, capacity, fixed, capture=file in self._capturing)
+        return RefinementTable(self._sessions[file], self.device, capacity, fixed, capture=file in self.captured_graphs)
 
     def step(
         self, held: RefinementTable, slots: Sequence[int]
@@ -320,7 +320,8 @@ class Runtime:
         options.add_external_initializers_from_files_in_memory([bundle.WEIGHTS], [weights], [len(weights)])
         names = [graph_input(m.name) for m in self.modalities]
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self._capturing: set[str] = set()
+        self.captured_graphs: set[str] = set()
+        """Files of the graphs whose runs are captured as CUDA graphs."""
         self.fixed_graphs: dict[str, FixedBatches] = {}
         """The graphs that run at fixed batch sizes, by file, with the numbers of their runs and padding rows."""
         self._encode = self._open_graph(graphs.encode, options, lambda graph: skip_absent(graph, names))
@@ -342,7 +343,7 @@ class Runtime:
         session = self._sessions[name] = self._open_session(name, *arguments, **passes)
         if not self._is_fixed:
             return session
-        capture_on = self.device if name in self._capturing else None
+        capture_on = self.device if name in self.captured_graphs else None
         graph = self.fixed_graphs[name] = FixedBatches(session, self.batch_sizes, capture_on=capture_on)
         return graph
 
@@ -407,7 +408,7 @@ class Runtime:
             return None
         if not self._is_on_device(session):
             return None
-        self._capturing.add(name)
+        self.captured_graphs.add(name)
         return session
 
     def _is_on_device(self, session: onnxruntime.InferenceSession) -> bool:

@@ -107,12 +107,9 @@ class RefinementTable:
         values = [value for value in session.get_inputs() if value.name != SLOTS]
         # One slot more than the capacity: that of padding rows, which has all modalities and zeros for numbers.
         self._padding = capacity
-        self._tables = {
-            value.name: device_array(
-                np.full((capacity + 1, *value.shape[1:]), value.name == table("present"), _DTYPES[value.type]), device
-            )
-            for value in values
-        }
+        arrays = {value.name: np.zeros((capacity + 1, *value.shape[1:]), _DTYPES[value.type]) for value in values}
+        arrays[table("present")][self._padding] = True
+        self._tables = {name: device_array(array, device) for name, array in arrays.items()}
         self._write = _Write(self._tables, device)
         self._free = list(range(capacity - 1, -1, -1))
         self._runs: dict[int, BoundRun] = {}
