@@ -51,6 +51,9 @@ class Settings(BaseSettings):
         "Split between the workers.",
     )
     tf32: bool = Field(False, description="true: multiply in TF32 on a GPU, and allow golden examples to differ by 5e-3.")
+    cuda_graphs: bool = Field(
+        False, description="true: record the run of each graph at each batch size on a GPU, and replay it. Not tested on a GPU."
+    )
     threads: int = Field(
         0,
         ge=0,
@@ -140,7 +143,7 @@ class Settings(BaseSettings):
 
     def runtime_options(self) -> dict[str, Any]:
         """Keyword arguments of ``Runtime``."""
-        names = ("device", "threads", "gpu_memory_mb", "tf32", "max_batch")
+        names = ("device", "threads", "gpu_memory_mb", "tf32", "cuda_graphs", "max_batch")
         return {name: getattr(self, name) for name in names}
 
     def bundle_folders(self) -> list[Path]:

@@ -18,10 +18,12 @@ from concord.model.bundle.manifest import graph_input
 from concord.model.codec import Preprocessor, standardise
 from concord.model.codec.frozen import EncoderInput
 from concord.model.modality import EncodedModality, Modality
+from concord.model.runtime.bound_run import can_capture
 from concord.model.runtime.branch_absent import branch_absent
 from concord.model.runtime.device import CudaError, Device, choose_device
 from concord.model.runtime.fixed_batches import FixedBatches, batch_sizes
 from concord.model.runtime.frozen import CPU_ROWS, GPU_ROWS, FrozenEncoder
+from concord.model.runtime.refinement_table import POSTERIOR, RESULT, SLOTS, RefinementTable, table, with_tables
 from concord.model.runtime.skip_absent import skip_absent
 
 VERSION: str = onnxruntime.__version__
@@ -44,7 +46,7 @@ class Runtime:
         opened: a verified bundle.
         device: ``cpu``, ``cuda``, ``cuda:N`` for the GPU with number N, or ``auto``: CUDA if it runs one row, else the CPU.
         threads: CPU threads of one operator. 0: as ``Device.threads`` chooses.
-        gpu_memory_mb, tf32: as in ``Device``.
+        gpu_memory_mb, tf32, cuda_graphs: as in ``Device``.
         max_batch: most rows of one run that are usual.
         fixed_batches: whether graphs run at the sizes ``batch_sizes(max_batch)`` only. None: on a GPU.
 
@@ -61,6 +63,7 @@ class Runtime:
         threads: int = 0,
         gpu_memory_mb: int = 0,
         tf32: bool = False,
+        cuda_graphs: bool = False,
         max_batch: int = 64,
         fixed_batches: bool | None = None,
     ) -> None:
@@ -73,7 +76,7 @@ class Runtime:
         self.modalities: tuple[Modality, ...] = tuple(manifest.modalities)
         self.latent = manifest.latent
         self.noise_samples = manifest.refinement.samples
-        self.device = choose_device(device, memory_mb=gpu_memory_mb, tf32=tf32)
+        self.device = choose_device(device, memory_mb=gpu_memory_mb, tf32=tf32, graphs=cuda_graphs)
         self._max_batch, self._fixed_batches = max_batch, fixed_batches
         try:
             self._open_graphs(threads)
@@ -142,17 +145,41 @@ class Runtime:
         Returns:
             the next posterior, and the objective of ``posterior`` (not of the next one), (batch,), to be maximised.
         """
-        feed = {
-            **_feed(inputs),
-            "present": present,
-            "mean": posterior.mean,
-            "log_var": posterior.log_var,
-            "anchor_mean": anchor.mean,
-            "anchor_log_var": anchor.log_var,
-            "noise": noise,
+        rows = len(present)
+        slots = np.arange(rows) % (self.batch_sizes[-1] if self._is_fixed else rows)  # of its batch
+        feed = {**self.table_rows(inputs, present, posterior, anchor, noise), SLOTS: slots}
+        (result,) = self._refine.run([RESULT], feed)
+        return Posterior(result[:, : self.latent], result[:, self.latent : -1]), result[:, -1]
+
+    def table_rows(
+        self,
+        inputs: Inputs,
+        present: Bool[np.ndarray, "batch modality"],
+        posterior: Posterior,
+        anchor: Posterior,
+        noise: Float32[np.ndarray, "batch sample latent"],
+    ) -> dict[str, Shaped[np.ndarray, "batch ..."]]:
+        """Return the arguments of ``refine`` by the name of their table."""
+        return {
+            **{table(name): array for name, array in _feed(inputs).items()},
+            table("present"): present,
+            table("anchor_mean"): anchor.mean,
+            table("anchor_log_var"): anchor.log_var,
+            table("noise"): noise,
+            POSTERIOR: np.concatenate([posterior.mean, posterior.log_var], axis=1),
         }
-        mean, log_var, objective = self._refine.run(["next_mean", "next_log_var", "objective"], feed)
-        return Posterior(mean, log_var), objective
+
+    def refinement_table(self, capacity: int) -> RefinementTable:
+        """Return an empty table for ``capacity`` rows under refinement, whose arrays ``table_rows`` returns."""
+        file = self.bundle.manifest.graphs.refine
+        fixed = self.fixed_graphs.get(file)
+        return RefinementTable(self._sessions[file], self.device, capacity, fixed, capture=file in self.captured_graphs)
+
+    def step(
+        self, held: RefinementTable, slots: Sequence[int]
+    ) -> tuple[Float32[np.ndarray, "batch parameters"], Float32[np.ndarray, " batch"]]:
+        """``refine`` for rows of a table, see ``RefinementTable.step``."""
+        return held.step(slots)
 
     def sample(self, posterior: Posterior, noise: Float32[np.ndarray, "batch latent"]) -> Float32[np.ndarray, "batch latent"]:
         """One sample z of each row's posterior, aligned or refined: through the bundle's flow if there is one, else Gaussian.
@@ -206,12 +233,14 @@ class Runtime:
                 raise FloatingPointError(f"the decoder of {modality.name} returned NaN")
 
     def blank_step(self, rows: int) -> Callable[[], object]:
-        """Return a function that runs one refinement step of complete rows of zeros, to be timed."""
+        """Return a function that runs one refinement step of complete rows of zeros in a table, to be timed."""
         inputs = {m.name: np.zeros((rows, *m.shape), dtype=m.dtype) for m in self.modalities}
         present = np.ones((rows, len(self.modalities)), dtype=bool)
         zeros = np.zeros((rows, self.latent), dtype=np.float32)
         posterior, noise = Posterior(zeros, zeros), np.zeros((rows, self.noise_samples, self.latent), dtype=np.float32)
-        return lambda: self.refine(inputs, present, posterior, posterior, noise)
+        held = self.refinement_table(rows)
+        slots = held.take(self.table_rows(inputs, present, posterior, posterior, noise))
+        return lambda: self.step(held, slots)
 
     def nodes_by_provider(self) -> dict[str, Counter[str]]:
         """Return the number of nodes that each execution provider runs, by graph file."""
@@ -293,10 +322,15 @@ class Runtime:
         options.add_external_initializers_from_files_in_memory([bundle.WEIGHTS], [weights], [len(weights)])
         names = [graph_input(m.name) for m in self.modalities]
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self.captured_graphs: set[str] = set()
+        """Files of the graphs whose runs are captured as CUDA graphs."""
         self.fixed_graphs: dict[str, FixedBatches] = {}
         """The graphs that run at fixed batch sizes, by file, with the numbers of their runs and padding rows."""
         self._encode = self._open_graph(graphs.encode, options, lambda graph: skip_absent(graph, names))
-        self._refine = self._open_graph(graphs.refine, options, lambda graph: branch_absent(graph, weights, names))
+        tables = [table(name) for name in names]
+        self._refine = self._open_graph(
+            graphs.refine, options, lambda graph: branch_absent(graph, weights, tables), first=with_tables
+        )
         self._sample = self._open_graph(graphs.draw, options) if graphs.draw else None
         self._decode = {name: self._open_graph(file, options) for name, file in graphs.decode.items()}
         shared = {m.encoder: self._open_encoder(m.encoder, options) for m in self._encoded}
@@ -306,12 +340,13 @@ class Runtime:
     def _is_fixed(self) -> bool:
         return not self.device.is_cpu if self._fixed_batches is None else self._fixed_batches
 
-    def _open_graph(self, name: str, *arguments: Any) -> "FixedBatches | onnxruntime.InferenceSession":
+    def _open_graph(self, name: str, *arguments: Any, **passes: Any) -> "FixedBatches | onnxruntime.InferenceSession":
         """Open a session, see ``_open_session``, and keep it by its file."""
-        session = self._sessions[name] = self._open_session(name, *arguments)
+        session = self._sessions[name] = self._open_session(name, *arguments, **passes)
         if not self._is_fixed:
             return session
-        graph = self.fixed_graphs[name] = FixedBatches(session, self.batch_sizes)
+        capture_on = self.device if name in self.captured_graphs else None
+        graph = self.fixed_graphs[name] = FixedBatches(session, self.batch_sizes, capture_on=capture_on)
         return graph
 
     def _open_encoder(self, name: str, options: onnxruntime.SessionOptions) -> FrozenEncoder:
@@ -329,18 +364,28 @@ class Runtime:
             raise bundle.BundleError(f"{self.bundle.path / encoder.graph}: {error}") from error
 
     def _open_session(
-        self, name: str, options: onnxruntime.SessionOptions, cpu_pass: Callable[[bytes], bytes] = lambda graph: graph
+        self,
+        name: str,
+        options: onnxruntime.SessionOptions,
+        cpu_pass: Callable[[bytes], bytes] = lambda graph: graph,
+        *,
+        first: Callable[[bytes], bytes] = lambda graph: graph,
     ) -> onnxruntime.InferenceSession:
         """A session of one graph.
 
         Args:
             cpu_pass: graph pass for the CPU. It is not used on a GPU, because sizes and branches that depend on data force the
                 GPU to wait for the CPU.
+            first: graph pass before that, on every device.
         """
         try:
-            content = self.bundle.content(name)
+            content = first(self.bundle.content(name))
             if self.device.is_cpu:
                 content = cpu_pass(content)
+            elif self.device.graphs and self._is_fixed and can_capture(content):
+                captured = self._open_capturing(name, content, options)
+                if captured is not None:
+                    return captured
             # With its fallback, ONNX Runtime would replace the session by one on the CPU after an error, for good and silently.
             session = onnxruntime.InferenceSession(content, options, providers=self.device.providers, enable_fallback=0)
         except bundle.BundleError:
@@ -350,6 +395,22 @@ class Runtime:
             raise (bundle.BundleError if self.device.is_cpu else CudaError)(message) from error
         if not self._is_on_device(session):
             raise CudaError("ONNX Runtime could not start CUDAExecutionProvider: its CUDA libraries or the driver are missing")
+        return session
+
+    def _open_capturing(
+        self, name: str, content: bytes, options: onnxruntime.SessionOptions
+    ) -> onnxruntime.InferenceSession | None:
+        """A session whose runs are captured as CUDA graphs. None if ONNX Runtime refuses, as for a node on the CPU."""
+        try:
+            session = onnxruntime.InferenceSession(
+                content, options, providers=self.device.capturing_providers, enable_fallback=0
+            )
+        except Exception as error:  # the exception classes of ONNX Runtime are private
+            logging.getLogger(__name__).warning("%s runs without CUDA graphs: %s", self.bundle.path / name, error)
+            return None
+        if not self._is_on_device(session):
+            return None
+        self.captured_graphs.add(name)
         return session
 
     def _is_on_device(self, session: onnxruntime.InferenceSession) -> bool:

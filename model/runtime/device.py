@@ -57,12 +57,14 @@ class Device:
         index: number of the GPU among those that the process sees.
         memory_mb: limit of the memory that each graph allocates on a GPU, in MiB. 0: none.
         tf32: multiply with 10 bits of mantissa on a GPU.
+        graphs: run graphs on a GPU as CUDA graphs where that is possible.
     """
 
     kind: Literal["cpu", "cuda"] = "cpu"
     index: int = 0
     memory_mb: int = 0
     tf32: bool = False
+    graphs: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.index}" if self.index else self.kind
@@ -80,6 +82,14 @@ class Device:
     @property
     def providers(self) -> list[Any]:
         """Execution providers of ONNX Runtime, with options. The first one is the device's."""
+        return self._providers()
+
+    @property
+    def capturing_providers(self) -> list[Any]:
+        """``providers`` for a session whose runs are captured as CUDA graphs."""
+        return self._providers(enable_cuda_graph="1")
+
+    def _providers(self, **more: str) -> list[Any]:
         if self.is_cpu:
             return ["CPUExecutionProvider"]
         options = {
@@ -89,6 +99,7 @@ class Device:
             "arena_extend_strategy": "kSameAsRequested",
             "do_copy_in_default_stream": "1",
             **({"gpu_mem_limit": str(self.memory_mb << 20)} if self.memory_mb else {}),
+            **more,
         }
         return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
@@ -116,7 +127,7 @@ class Device:
         return cores if left is None else max(1, min(cores, 1 + left // sessions))
 
 
-def choose_device(name: str, *, memory_mb: int = 0, tf32: bool = False) -> Device:
+def choose_device(name: str, *, memory_mb: int = 0, tf32: bool = False, graphs: bool = False) -> Device:
     """Return the device of a name: cpu, cuda, cuda:N, or auto, which is CUDA if it is installed, else the CPU.
 
     Raises:
@@ -129,7 +140,7 @@ def choose_device(name: str, *, memory_mb: int = 0, tf32: bool = False) -> Devic
     if cuda_is_installed():
         with _stdout_to_stderr():
             onnxruntime.preload_dlls()  # CUDA and cuDNN are installed as wheels
-        return Device("cuda", int(name.partition(":")[2] or 0), memory_mb, tf32)
+        return Device("cuda", int(name.partition(":")[2] or 0), memory_mb, tf32, graphs)
     if name == "auto":
         return Device()
     available = onnxruntime.get_available_providers()

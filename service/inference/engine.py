@@ -89,7 +89,7 @@ class Engine:
     ) -> None:
         self._runtime = runtime
         self._on_device_lost = on_device_lost
-        self._scheduler = Scheduler(runtime, max_batch=max_batch, observer=observer or NullObserver())
+        self._scheduler = Scheduler(runtime, max_batch=max_batch, observer=observer or NullObserver(), max_rows=max_queue_items)
         self._max_queue_items = max_queue_items
         self._max_wait = max_wait
         self._max_failures = max_failures
@@ -158,6 +158,15 @@ class Engine:
         if self._thread.ident is not None:
             self._thread.join(grace)
         self._fail_all(self._failure)
+
+    def warm_up(self) -> None:
+        """Run every graph at every batch size. Call it in the inference thread, with ``call``.
+
+        The first run at a size allocates memory and may prepare kernels; no request should wait for that.
+        """
+        for rows in self._runtime.batch_sizes:
+            self._runtime.warm_up(rows)
+        self._scheduler.warm_up()
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a function in the inference thread, between two batches, and return its result.

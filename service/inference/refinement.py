@@ -31,32 +31,22 @@ def antithetic(half: Float32[np.ndarray, "half latent"], count: int) -> Float32[
 class RefinementState:
     """One row under refinement.
 
-    ``Runtime.refine`` returns the objective of its input posterior together with the next posterior, so T steps take T + 1
+    ``Runtime.step`` returns the objective of its input posterior together with the next posterior, so T steps take T + 1
     evaluations, and no update is returned that was not evaluated.
 
     Args:
-        complete: every modality is present. The anchor is then the prior, and the objective the multimodal ELBO. Otherwise the
-            anchor is the starting posterior, and only observed terms count.
-        noise: antithetic standard normals, fixed over the steps so that objectives can be compared.
+        start: the aligned posterior, mean and log variance in one array.
+        complete: every modality is present. The objective is then the multimodal ELBO. Otherwise only observed terms count.
         now: seconds, monotonic.
     """
 
-    __slots__ = ("_best", "_highest", "_limits", "_stopped", "_trace", "_until", "anchor", "complete", "noise", "posterior")
+    __slots__ = ("_best", "_complete", "_highest", "_limits", "_posterior", "_stopped", "_trace", "_until")
 
     def __init__(
-        self,
-        limits: RefinementLimits,
-        mean: Float32[np.ndarray, " latent"],
-        log_var: Float32[np.ndarray, " latent"],
-        *,
-        complete: bool,
-        noise: Float32[np.ndarray, "sample latent"],
-        now: float,
+        self, limits: RefinementLimits, start: Float32[np.ndarray, " parameters"], *, complete: bool, now: float
     ) -> None:
-        self.posterior = self._best = (mean, log_var)
-        self.anchor = (np.zeros_like(mean), np.zeros_like(log_var)) if complete else self.posterior
-        self.complete = complete
-        self.noise = noise
+        self._posterior = self._best = start
+        self._complete = complete
         self._limits = limits
         self._until = np.inf if limits.until is None else limits.until
         if limits.budget_ms is not None:
@@ -65,19 +55,12 @@ class RefinementState:
         self._trace: list[float] = []
         self._stopped: StopReason | None = None
 
-    def advance(
-        self,
-        objective: float,
-        mean: Float32[np.ndarray, " latent"],
-        log_var: Float32[np.ndarray, " latent"],
-        *,
-        finite: bool,
-        now: float,
-    ) -> bool:
-        """Record the objective of ``posterior`` and move on to the next one.
+    def advance(self, objective: float, following: Float32[np.ndarray, " parameters"], *, finite: bool, now: float) -> bool:
+        """Record the objective of the present posterior and move on to the next one.
 
         Args:
-            finite: every number of the next posterior is finite.
+            following: the next posterior.
+            finite: every number of it is finite.
 
         Returns:
             whether another evaluation is due.
@@ -85,25 +68,24 @@ class RefinementState:
         if not isfinite(objective):
             self._stopped = "diverged"
             return False
-        gain = objective - self._trace[-1] if self._trace else np.inf
-        self._trace.append(objective)
+        trace, limits = self._trace, self._limits
+        trace.append(objective)
         if objective > self._highest:
-            self._highest, self._best = objective, self.posterior
-        limits = self._limits
-        if len(self._trace) > limits.steps:
+            self._highest, self._best = objective, self._posterior
+        if len(trace) > limits.steps:
             self._stopped = "steps"
-        elif limits.tolerance is not None and gain < limits.tolerance:
+        elif limits.tolerance is not None and len(trace) > 1 and objective - trace[-2] < limits.tolerance:
             self._stopped = "tolerance"
         elif now >= self._until:
             self._stopped = "budget"
         elif not finite:
             self._stopped = "diverged"
-        self.posterior = (mean, log_var)
+        self._posterior = following
         return self._stopped is None
 
     @property
-    def best(self) -> tuple[Float32[np.ndarray, " latent"], Float32[np.ndarray, " latent"]]:
-        """Mean and log variance with the highest objective so far; the starting posterior if none was finite."""
+    def best(self) -> Float32[np.ndarray, " parameters"]:
+        """The posterior with the highest objective so far; the starting posterior if none was finite."""
         return self._best
 
     def result(self) -> RefinementResult:
@@ -114,7 +96,7 @@ class RefinementState:
         """
         if self._stopped is None:
             raise RuntimeError("this refinement is not finished: advance() has not returned False yet")
-        objective: Objective = "elbo" if self.complete else "observed"
+        objective: Objective = "elbo" if self._complete else "observed"
         return RefinementResult(
             steps=max(0, len(self._trace) - 1),
             objective=objective,

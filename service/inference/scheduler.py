@@ -73,6 +73,8 @@ class Row:
     subset: tuple[str, ...] = ()
     """Rows of equal subset are refined together: its modalities, or () on a device where they do not matter."""
     state: RefinementState | None = None
+    slot: int | None = None
+    """Its place in the refinement table, from its first step until it leaves."""
     refinement: RefinementResult | None = None
     sample: np.ndarray | None = None
     generated: dict[str, np.ndarray] = field(default_factory=dict)
@@ -94,10 +96,12 @@ class Scheduler:
 
     Args:
         max_batch: rows in one run of a graph, if memory allows.
+        max_rows: most rows under refinement at a time.
     """
 
-    def __init__(self, runtime: Runtime, *, max_batch: int, observer: Observer) -> None:
+    def __init__(self, runtime: Runtime, *, max_batch: int, observer: Observer, max_rows: int = 512) -> None:
         self._runtime = runtime
+        self._table = runtime.refinement_table(max_rows)
         self._requested = self._allowed = max_batch
         self._raise_at = 0.0
         self._observer = observer
@@ -111,6 +115,10 @@ class Scheduler:
     def active(self) -> int:
         """Rows under refinement."""
         return len(self._active)
+
+    def warm_up(self) -> None:
+        """Run a refinement step at every fixed batch size."""
+        self._table.warm_up()
 
     @property
     def max_batch(self) -> int:
@@ -141,7 +149,8 @@ class Scheduler:
         now = monotonic()
         for row in encoded:
             if row.job.refine.steps > 0:
-                row.state = self._begin_refinement(row, now)
+                start = np.concatenate([row.mean, row.log_var])
+                row.state = RefinementState(row.job.refine, start, complete=self._is_complete(row), now=now)
                 row.subset = tuple(row.job.row) if self._runtime.device.is_cpu else ()
                 self._active.append(row)
             else:
@@ -168,12 +177,19 @@ class Scheduler:
                 refined = row.refinement
                 self._observer.refined(refined.steps, refined.after - refined.before, refined.stopped)
                 done.append(row)
+        self._release(failed)
+        self._release(done)
         return failed + self._finish(done)
 
     def _next_rows(self, now: float) -> list[Row]:
         """The row that waited longest for its step, and rows of the same subset up to the batch limit."""
-        self._active = deque(row for row in self._active if not row.abandoned)
-        if not self._active:
+        active: deque[Row] = deque()
+        abandoned: list[Row] = []
+        for row in self._active:  # once: another thread may abandon a row meanwhile
+            (abandoned if row.abandoned else active).append(row)
+        self._active = active
+        self._release(abandoned)
+        if not active:
             return []
         subset, limit = self._active[0].subset, self.max_batch
         if now < self._prioritise_until and self._runtime.device.is_cpu:
@@ -245,34 +261,39 @@ class Scheduler:
         for row, mean, log_var in zip(rows, posterior.mean, posterior.log_var, strict=True):
             row.mean, row.log_var = mean, log_var
 
-    def _begin_refinement(self, row: Row, now: float) -> RefinementState:
-        job, samples = row.job, self._runtime.noise_samples
-        half = noise(job.seed, job.index, Stream.REFINE, (samples + 1) // 2, self._runtime.latent)
-        return RefinementState(
-            job.refine,
-            row.mean,
-            row.log_var,
-            complete=len(job.row) == len(self._runtime.modalities),
-            noise=antithetic(half, samples),
-            now=now,
-        )
-
     def _refine(self, rows: list[Row]) -> None:
-        states = [row.state for row in rows if row.state is not None]
-        inputs, present = collate(self._runtime.modalities, [row.inputs for row in rows])
-        posterior = Posterior(*(np.stack(parts) for parts in zip(*(state.posterior for state in states), strict=True)))
-        anchor = Posterior(*(np.stack(parts) for parts in zip(*(state.anchor for state in states), strict=True)))
-        following, objectives = self._runtime.refine(
-            inputs, present, posterior, anchor, np.stack([state.noise for state in states])
-        )
+        if new := [row for row in rows if row.slot is None]:
+            self._take_slots(new)
+        following, objectives = self._runtime.step(self._table, [row.slot for row in rows if row.slot is not None])
         self.runs += len(rows)
-        finite = np.isfinite(following.mean).all(axis=1) & np.isfinite(following.log_var).all(axis=1)
+        finite = np.isfinite(following).all(axis=1)
         now = monotonic()
-        results = zip(rows, states, objectives.tolist(), following.mean, following.log_var, finite.tolist(), strict=True)
-        for row, state, objective, mean, log_var, is_finite in results:
-            if not state.advance(objective, mean, log_var, finite=is_finite, now=now):
-                row.mean, row.log_var = state.best
+        for row, objective, posterior, is_finite in zip(rows, objectives.tolist(), following, finite.tolist(), strict=True):
+            state = row.state
+            if state is not None and not state.advance(objective, posterior, finite=is_finite, now=now):
+                row.mean, row.log_var = np.split(state.best, 2)
                 row.refinement = state.result()
+
+    def _take_slots(self, rows: list[Row]) -> None:
+        """Write rows into the table. The anchor is the prior for complete rows, else the aligned posterior."""
+        inputs, present = collate(self._runtime.modalities, [row.inputs for row in rows])
+        start = Posterior(np.stack([row.mean for row in rows]), np.stack([row.log_var for row in rows]))
+        incomplete = ~present.all(axis=1, keepdims=True)
+        anchor = Posterior(start.mean * incomplete, start.log_var * incomplete)
+        count = self._runtime.noise_samples
+        halves = [noise(row.job.seed, row.job.index, Stream.REFINE, (count + 1) // 2, self._runtime.latent) for row in rows]
+        noises = np.stack([antithetic(half, count) for half in halves])
+        slots = self._table.take(self._runtime.table_rows(inputs, present, start, anchor, noises))
+        for row, slot in zip(rows, slots, strict=True):
+            row.slot = slot
+
+    def _release(self, rows: Sequence[Row]) -> None:
+        self._table.release([row.slot for row in rows if row.slot is not None])
+        for row in rows:
+            row.slot = None
+
+    def _is_complete(self, row: Row) -> bool:
+        return len(row.job.row) == len(self._runtime.modalities)
 
     def _finish(self, rows: list[Row]) -> list[Row]:
         generating = [row for row in rows if row.job.targets or row.job.sample_embedding]

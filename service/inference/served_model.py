@@ -72,7 +72,7 @@ class ServedModel:
         operator can ask it what is wrong.
         """
         self.engine.start()
-        for check, run in (("warmed", self._warm_up), ("golden", self.runtime.replay_golden)):
+        for check, run in (("warmed", self.engine.warm_up), ("golden", self.runtime.replay_golden)):
             try:
                 await self.engine.call(run)
                 self._prepared[check] = "ok"
@@ -121,11 +121,6 @@ class ServedModel:
         if not self._prepared_ok:
             raise ModelNotReady("the model is not ready")
         return await self.engine.submit(jobs, alone=alone)
-
-    def _warm_up(self) -> None:
-        """The first run of a graph at a batch size allocates its memory; no request should wait for that."""
-        for rows in self.runtime.batch_sizes:
-            self.runtime.warm_up(rows)
 
 
 def exit_soon() -> None:

@@ -167,3 +167,23 @@ def test_process_with_a_lost_device_responds_and_ends_and_its_supervisor_starts_
         service.wait_until_ready()
         assert service.embed().status_code == 200
         assert [line["event"] for line in service.log_lines()].count("device lost") == 1
+
+
+@pytest.mark.slow
+def test_worker_with_a_lost_device_ends_and_is_replaced_while_the_others_serve(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LOSE_DEVICE.format(file=str(tmp_path / "lose")))
+    with (
+        running("--workers", "2", PYTHONPATH=f"{tmp_path}:{ROOT}") as service,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        before = service.wait_for_workers(2)
+        (tmp_path / "lose").touch()
+        statuses = [response.result().status_code for response in [pool.submit(service.embed) for _ in range(64)]]
+        assert set(statuses) <= {200, 503}, "a request hung or lost its response"
+        assert 503 in statuses
+        ended = [line for line in service.log_lines() if line["event"] == "device lost"]
+        assert len(ended) == 1, "the other worker's device is lost too"
+        service.wait_for(lambda: service.workers() != before, message="the worker was not replaced")
+        (line,) = (line for line in service.log_lines() if line["event"] == "worker ended")
+        assert line["status"] == 70
+        assert [service.embed().status_code for _ in range(8)] == [200] * 8

@@ -75,6 +75,33 @@ def test_every_graph_returns_the_same_at_every_number_of_rows(runtimes: tuple[Ru
             np.testing.assert_allclose(padded, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_captured_runs_return_the_same_from_buffers_that_never_move(runtimes: tuple[Runtime, Runtime], make_rows: Any) -> None:
+    """The CPU runs the same code and ignores that it is to capture: every graph, at each number of rows, twice."""
+    free, fixed = runtimes
+    rows = 20
+    generator = np.random.default_rng(1)
+    inputs = {name: x.numpy() for name, x in make_rows(free.modalities, rows, 1).items()}
+    present = (generator.integers(1, 16, rows)[:, None] >> np.arange(4) & 1).astype(bool)
+    z = generator.normal(size=(rows, free.latent)).astype(np.float32)
+    encoded = free.encode(inputs, present)
+    graphs = {file: FixedBatches(session, (1, 4, 16), capture_on=Device()) for file, session in fixed._sessions.items()}
+    names = free.bundle.manifest.graphs
+    for count in (*range(1, rows + 1), 3):
+        feed = {**{name: array[:count] for name, array in inputs.items()}, "present": present[:count]}
+        mean, log_var = graphs[names.encode].run(["mean", "log_var"], feed)
+        np.testing.assert_allclose(mean, encoded.mean[:count], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(log_var, encoded.log_var[:count], rtol=1e-5, atol=1e-6)
+        for name, file in names.decode.items():
+            (value,) = graphs[file].run(["value"], {"z": z[:count]})
+            np.testing.assert_allclose(value, free.decode(name, z[:count]), rtol=1e-5, atol=1e-6)
+    buffers = [
+        value.data_ptr()
+        for run in graphs[names.encode]._captured.values()
+        for value in (*run._inputs.values(), *run.outputs.values())
+    ]
+    assert len(set(buffers)) == len(buffers) == 3 * 7, "one buffer for each input and output at each size"
+
+
 def test_runs_are_counted_by_graph_and_size(tiny_bundle: bundle.Bundle) -> None:
     runtime = Runtime(tiny_bundle, threads=1, max_batch=4, fixed_batches=True)
     runtime.decode("vector", np.zeros((3, runtime.latent), dtype=np.float32))

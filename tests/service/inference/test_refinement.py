@@ -6,11 +6,9 @@ import pytest
 from concord.service.inference.jobs import RefinementLimits
 from concord.service.inference.refinement import RefinementState, Stream, antithetic, noise
 
-BLANK_NOISE = np.zeros((2, 4), np.float32)
 
-
-def posterior(value: float) -> tuple[np.ndarray, np.ndarray]:
-    return np.full(4, value, np.float32), np.full(4, value, np.float32)
+def posterior(value: float) -> np.ndarray:
+    return np.full(8, value, np.float32)
 
 
 def refine(
@@ -23,9 +21,9 @@ def refine(
     Returns:
         the state, and the number of evaluations.
     """
-    state = RefinementState(limits, *posterior(0), complete=False, noise=BLANK_NOISE, now=0.0)
+    state = RefinementState(limits, posterior(0), complete=False, now=0.0)
     for count, objective in enumerate(objectives, start=1):
-        if not state.advance(float(objective), *posterior(count), finite=finite, now=count * tick):
+        if not state.advance(float(objective), posterior(count), finite=finite, now=count * tick):
             return state, count
     raise AssertionError("the refinement has not ended")
 
@@ -87,14 +85,8 @@ def test_non_finite_objective_at_the_start_returns_the_start() -> None:
     np.testing.assert_array_equal(state.best, posterior(0))
 
 
-@pytest.mark.parametrize(("complete", "expected"), [(True, posterior(0)), (False, posterior(5))])
-def test_anchor_is_the_prior_for_complete_rows_only(complete: bool, expected: tuple[np.ndarray, np.ndarray]) -> None:
-    state = RefinementState(RefinementLimits(1), *posterior(5), complete=complete, noise=BLANK_NOISE, now=0.0)
-    np.testing.assert_array_equal(state.anchor, expected)
-
-
 def test_result_before_the_end_raises() -> None:
-    state = RefinementState(RefinementLimits(2), *posterior(0), complete=True, noise=BLANK_NOISE, now=0.0)
+    state = RefinementState(RefinementLimits(2), posterior(0), complete=True, now=0.0)
     with pytest.raises(RuntimeError, match="not finished"):
         state.result()
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from concord.model import bundle
 from concord.model.modality import TextModality, collate
@@ -16,6 +18,7 @@ from concord.service.inference import scheduler as scheduler_module
 from concord.service.inference.jobs import InferenceJob, InferenceResult, RefinementLimits
 from concord.service.inference.refinement import Stream, antithetic, noise
 from concord.service.inference.scheduler import TICK_SECONDS, NullObserver, Row, Scheduler
+from tests.support.runtimes import read_rows
 
 
 class Recorder(NullObserver):
@@ -53,8 +56,8 @@ class FaultyRuntime(Runtime):
     def encode(self, inputs: Any, present: Any) -> Posterior:
         return self._run("encode", inputs, lambda: super(FaultyRuntime, self).encode(inputs, present))
 
-    def refine(self, inputs: Any, *args: Any) -> Any:
-        return self._run("refine", inputs, lambda: super(FaultyRuntime, self).refine(inputs, *args))
+    def step(self, held: Any, slots: Any) -> Any:
+        return self._run("refine", read_rows(self, held, slots), lambda: super(FaultyRuntime, self).step(held, slots))
 
     def sample(self, posterior: Any, noise: Any) -> Any:
         return self._run("sample", noise, lambda: super(FaultyRuntime, self).sample(posterior, noise))
@@ -275,13 +278,12 @@ class TestRefinement:
     def test_only_rows_of_one_subset_step_together(self, faulty: FaultyRuntime) -> None:
         """A decoder then never runs for a modality that no row of the batch has. Every subset gets its turn."""
         batches: list[set[bytes]] = []
-        refine = faulty.refine
 
-        def recorded(inputs: Any, present: Any, *args: Any) -> Any:
-            batches.append({mask.tobytes() for mask in present})
-            return refine(inputs, present, *args)
+        def record(stage: str, inputs: Any) -> None:
+            if stage == "refine":
+                batches.append({mask.tobytes() for mask in inputs["present"]})
 
-        faulty.refine = recorded  # type: ignore[method-assign]
+        faulty.before = record
         jobs = [InferenceJob(job.row, 0, index, RefinementLimits(2)) for index, job in enumerate(mixed_jobs(faulty))]
         run(make_scheduler(faulty), jobs)
         assert [len(masks) for masks in batches] == [1] * 21  # three evaluations of each of seven subsets
@@ -311,13 +313,13 @@ class TestRefinement:
 
     def test_quick_steps_grow_while_unrefined_rows_arrive(self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes: list[int] = []
-        refine = runtime.refine
+        step = runtime.step
 
-        def recorded(inputs: Any, present: Any, *args: Any) -> Any:
-            sizes.append(len(present))
-            return refine(inputs, present, *args)
+        def recorded(held: Any, slots: Any) -> Any:
+            sizes.append(len(slots))
+            return step(held, slots)
 
-        monkeypatch.setattr(runtime, "refine", recorded)
+        monkeypatch.setattr(runtime, "step", recorded)
         monkeypatch.setattr(scheduler_module, "TICK_SECONDS", 1e9)
         monkeypatch.setattr(scheduler_module, "PRIORITY_SECONDS", 1e9)
         scheduler = make_scheduler(runtime)
@@ -340,14 +342,13 @@ class TestRefinement:
             posterior, objective = outputs
             runs += 1
             if runs > after_steps and len(objective) == 2:  # the first row has not left yet
-                mean, log_var, objective = posterior.mean.copy(), posterior.log_var.copy(), objective.copy()
+                posterior, objective = posterior.copy(), objective.copy()
                 if output in ("posterior", "all"):
-                    mean[0, 0] = np.nan
+                    posterior[0, 0] = np.nan
                 if output in ("log_var", "all"):
-                    log_var[0, -1] = np.inf
+                    posterior[0, -1] = np.inf
                 if output in ("objective", "all"):
                     objective[0] = np.nan
-                posterior = Posterior(mean, log_var)
             return posterior, objective
 
         row = complete_row(faulty, 0)
@@ -368,6 +369,91 @@ class TestRefinement:
         else:
             np.testing.assert_allclose(refinement.after, expected[refinement.steps].refinement.after, rtol=1e-5)
         assert (other.refinement.steps, other.refinement.stopped) == (9, "steps")
+
+
+class TestSlots:
+    """Rows come, step, finish, are abandoned and fail in any order: no slot leaks, and results are those of the serial path."""
+
+    CAPACITY = 6
+
+    @staticmethod
+    def serial(runtime: Runtime, job: InferenceJob) -> tuple[np.ndarray, float]:
+        """Return the refined mean and its objective, computed one row and one step at a time, without the scheduler."""
+        inputs, present = collate(runtime.modalities, [job.row])
+        start = q = runtime.encode(inputs, present)
+        zeros = np.zeros_like(start.mean)
+        anchor = Posterior(zeros, zeros) if present.all() else start
+        count = runtime.noise_samples
+        eps = antithetic(noise(job.seed, job.index, Stream.REFINE, (count + 1) // 2, runtime.latent), count)[None]
+        best, highest = q, -np.inf
+        for _ in range(job.refine.steps + 1):
+            following, (objective,) = runtime.refine(inputs, present, q, anchor, eps)
+            if objective > highest:
+                best, highest = q, float(objective)
+            q = following
+        return best.mean[0], highest
+
+    def test_rows_in_any_order_leak_no_slot_and_equal_the_serial_path(self, faulty: FaultyRuntime) -> None:
+        serial: dict[int, tuple[np.ndarray, float]] = {}
+        jobs = []
+        for index in range(12):
+            row = complete_row(faulty, index)
+            names = ("word",) if index % 3 else ("word", "digit")
+            jobs.append(InferenceJob({name: row[name] for name in names}, index, index, RefinementLimits(1 + index % 3)))
+        operations = st.lists(
+            st.tuples(st.sampled_from(["add", "add", "step", "step", "abandon", "poison", "memory"]), st.integers(0, 11)),
+            max_size=20,
+        )
+
+        @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+        @given(operations)
+        def run(operations: list[tuple[str, int]]) -> None:
+            scheduler = Scheduler(faulty, max_batch=3, observer=NullObserver(), max_rows=self.CAPACITY)
+            table, poisoned, short_of_memory = scheduler._table, set[bytes](), [False]
+
+            def fail(stage: str, inputs: Any) -> None:
+                if stage == "refine":
+                    if short_of_memory[0] and len(inputs["word"]) > 1:
+                        raise RuntimeError("Failed to allocate memory")
+                    if any(word.tobytes() in poisoned for word in inputs["word"]):
+                        raise RuntimeError("poison")
+
+            def check() -> None:
+                held = [row.slot for row in scheduler._active if row.slot is not None]
+                assert len(set(held)) == len(held), "two rows in one slot"
+                assert table.free + len(held) == self.CAPACITY, "a slot leaked"
+
+            faulty.before = fail
+            rows: list[Row] = []
+            for operation, number in operations:
+                if operation == "add" and scheduler.active < self.CAPACITY:
+                    rows.append(Row(jobs[number], monotonic()))
+                    scheduler.add(rows[-1:])
+                elif operation == "step":
+                    scheduler.step()
+                elif operation == "abandon" and rows:
+                    rows[number % len(rows)].abandoned = True
+                elif operation == "poison":
+                    poisoned.add(jobs[number].row["word"].tobytes())
+                elif operation == "memory":
+                    short_of_memory[0] = not short_of_memory[0]
+                check()
+            while scheduler.active:
+                scheduler.step()
+                check()
+            assert table.free == self.CAPACITY
+            faulty.before = None
+            for row in rows:
+                index = row.job.index
+                if isinstance(row.result, InferenceResult):
+                    if index not in serial:
+                        serial[index] = self.serial(faulty, row.job)
+                    np.testing.assert_allclose(row.result.mean, serial[index][0], rtol=1e-4, atol=1e-4)
+                    np.testing.assert_allclose(row.result.refinement.after, serial[index][1], rtol=1e-5)
+                else:
+                    assert row.abandoned or str(row.result) == "poison"
+
+        run()
 
 
 class TestFaults:

@@ -292,9 +292,9 @@ def test_budget_returns_the_best_posterior_before_the_deadline(serve: Serve, run
     class SlowRuntime(Runtime):
         """64 steps take at least 3.8 s."""
 
-        def refine(self, *args: Any) -> Any:
+        def step(self, *args: Any) -> Any:
             time.sleep(0.06)
-            return super().refine(*args)
+            return super().step(*args)
 
     with serve(SlowRuntime(runtime.bundle, threads=1)) as client:
         request = {**REQUEST, "refine": {"steps": 64, "budget_ms": 10_000}}
@@ -308,13 +308,13 @@ def test_budget_returns_the_best_posterior_before_the_deadline(serve: Serve, run
 
 def test_diverging_refinement_is_reported_and_returns_the_start(serve: Serve, runtime: Runtime) -> None:
     class DivergingRuntime(Runtime):
-        """Refinement diverges, once a test says so: the golden examples must pass before."""
+        """Refinement diverges, once a test says so."""
 
         diverges = False
 
-        def refine(self, *args: Any) -> Any:
-            posterior, objective = super().refine(*args)
-            return Posterior(posterior.mean + np.inf, posterior.log_var) if self.diverges else posterior, objective
+        def step(self, *args: Any) -> Any:
+            posterior, objective = super().step(*args)
+            return posterior + np.inf if self.diverges else posterior, objective
 
     diverging = DivergingRuntime(runtime.bundle, threads=1)
     with serve(diverging) as client:
@@ -375,9 +375,9 @@ def test_many_rows_of_one_client_do_not_delay_another(serve: Serve, runtime: Run
 
         permits = threading.Semaphore(1000)
 
-        def refine(self, *args: Any) -> Any:
+        def step(self, *args: Any) -> Any:
             assert self.permits.acquire(timeout=60)
-            return super().refine(*args)
+            return super().step(*args)
 
     stepped = SteppedRuntime(runtime.bundle, threads=1)
     with serve(stepped, max_batch=32) as client, ThreadPoolExecutor(9) as pool:
