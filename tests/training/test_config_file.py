@@ -47,7 +47,7 @@ HASHES = {
     "birds-features.toml": "0f4aba9750fb4384f104523ea1251cd548c7829e078c38d64e74e8b97f02aeb8",
     "birds.toml": "d3bb47edff243618133bb5477dc603bf0c6cf83b27ba00bcb79c7ea3a252d10a",
     "digits-svhn.toml": "17ea839d0e57e9dba99d19ec97e2f8076cccc0a735d3134e743df47dff79d609",
-    "digits-sound.toml": "daade5b4f8464890244e3b000b1f56947e532221aba1b9275abae0356a8c6078",
+    "digits-sound.toml": "bb2530d9bae1f45bddbd6d293433f0b98686703bb572dc393db14f2bd9009fa7",
     "digits.toml": "cfaf8f01ac33dfd9d4f5cacbf6029b356173dfdf4ed4fce66c7c1c72512bc977",
     "fashion.toml": "beb96587f62bc86d2dc77c5a64715edfe813d3c58a48d3fe929ad4b8d475bf41",
 }
@@ -162,6 +162,7 @@ def test_source_on_the_hub_loads() -> None:
         ('pairing = "row"', 'pairing = "row"\nrandom_offset = ["digit"]', r"random_offset names \['digit'\].*\['word'\]"),
         ('pairing = "row"', 'pairing = "row"\nrandom_flip = ["word"]', r"random_flip names \['word'\].*\['digit'\]"),
         ('pairing = "row"', 'pairing = "row"\nrandom_shift = { word = 2 }', r"random_shift names \['word'\].*\['digit'\]"),
+        ('pairing = "row"', 'pairing = "row"\nrandom_contrast = { word = 0.5 }', r"random_contrast names \['word'\].* audio .*\[\]"),
         ('"row"', '"class"', r'data\.pairing = "class" needs a label column in every'),
         ('name = "small"', "name = small", r"run\.toml: not TOML \(Invalid value.*line 2"),
     ],

@@ -82,27 +82,36 @@ def test_where_selects_rows_by_strings_or_class_names_before_they_are_split(tmp_
         read(tmp_path, where={"speaker": "en-1"})
 
 
+def load_twenty_clips(folder: Path, **options: Any) -> dataset.Dataset:
+    """Eighteen training rows with the same clip."""
+    write(folder, {"audio": [CONTENT] * 20, "language": ["en", "ar"] * 10})
+    columns = {"sound": "audio", "language": "language"}
+    source = {"train": "rows.parquet", "held_out": 0.1, "columns": columns, "licence": "none"}
+    modalities = [SOUND.model_dump(), LANGUAGE.model_dump()]
+    data = {"pairing": "row", "sources": [source], **options}
+    return dataset.load(Config.model_validate({"name": "sounds", "modalities": modalities, "data": data}), "train", folder)
+
+
+def test_random_contrast_keeps_the_peak_and_the_silence_of_sounds(tmp_path: Path) -> None:
+    rows = load_twenty_clips(tmp_path, random_contrast={"sound": 0.5})
+    expected = codec.parse_bytes(SOUND, CONTENT)
+    (first,) = (batch.arrays["sound"].numpy() for batch in rows.batches(0, 18, 0))
+    assert (first[:, expected == 0] == 0).all()
+    assert (first.max(axis=(1, 2, 3)) == 1).all()
+    below = (expected > 0.7) & (expected < 1)  # no factor takes these values to the floor
+    factors = ((1 - first) / (1 - np.where(below, expected, 0)))[:, below]
+    np.testing.assert_allclose(factors, np.broadcast_to(factors[:, :1], factors.shape), atol=1e-4)
+    assert np.exp(-0.5) <= factors.min() < 0.8
+    assert 1.25 < factors.max() <= np.exp(0.5) + 1e-4
+    (again,), (second,) = ([batch.arrays["sound"].numpy() for batch in rows.batches(epoch, 18, 0)] for epoch in (0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second)
+    (still,) = rows.batches(0, 18, 0, shuffle=False)
+    assert all(np.array_equal(array, expected) for array in still.arrays["sound"].numpy())
+
+
 def test_random_shift_moves_sounds_in_time_only(tmp_path: Path) -> None:
-    write(tmp_path, {"audio": [CONTENT] * 20, "language": ["en", "ar"] * 10})
-    config = Config.model_validate(
-        {
-            "name": "sounds",
-            "modalities": [SOUND.model_dump(), LANGUAGE.model_dump()],
-            "data": {
-                "pairing": "row",
-                "random_shift": {"sound": 2},
-                "sources": [
-                    {
-                        "train": "rows.parquet",
-                        "held_out": 0.1,
-                        "columns": {"sound": "audio", "language": "language"},
-                        "licence": "none",
-                    }
-                ],
-            },
-        }
-    )
-    rows = dataset.load(config, "train", tmp_path)
+    rows = load_twenty_clips(tmp_path, random_shift={"sound": 2})
     expected = codec.parse_bytes(SOUND, CONTENT)
     assert not expected[..., :2].any()
     assert not expected[..., -2:].any()  # so that a translation is a roll
