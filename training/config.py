@@ -138,8 +138,8 @@ class Data(_Table):
     """Image modalities that are shifted by up to this many pixels in each direction, and audio modalities that are shifted in
     time by up to this many frames, sampled in every epoch."""
     random_contrast: dict[str, PositiveFloat] = Field(default={})
-    """Audio modalities whose decibels below the loudest value are multiplied by a factor, sampled in every epoch from exp(-x) to
-    exp(x). Recordings then differ less by their background noise."""
+    """Audio modalities whose decibels below the loudest value are multiplied by a factor from exp(-x) to exp(x), sampled in
+    every epoch. The level of the background noise then tells less of the speaker."""
     rows: Literal["all", "complete"] = "all"
     """Training rows. all: every row, with the modalities it has. complete: rows with all modalities. The test split always has
     all rows."""

@@ -162,7 +162,11 @@ def test_source_on_the_hub_loads() -> None:
         ('pairing = "row"', 'pairing = "row"\nrandom_offset = ["digit"]', r"random_offset names \['digit'\].*\['word'\]"),
         ('pairing = "row"', 'pairing = "row"\nrandom_flip = ["word"]', r"random_flip names \['word'\].*\['digit'\]"),
         ('pairing = "row"', 'pairing = "row"\nrandom_shift = { word = 2 }', r"random_shift names \['word'\].*\['digit'\]"),
-        ('pairing = "row"', 'pairing = "row"\nrandom_contrast = { word = 0.5 }', r"random_contrast names \['word'\].* audio .*\[\]"),
+        (
+            'pairing = "row"',
+            'pairing = "row"\nrandom_contrast = { word = 0.5 }',
+            r"random_contrast names \['word'\].* audio .*\[\]",
+        ),
         ('"row"', '"class"', r'data\.pairing = "class" needs a label column in every'),
         ('name = "small"', "name = small", r"run\.toml: not TOML \(Invalid value.*line 2"),
     ],

@@ -1,4 +1,4 @@
-"""Augmentation of training images: random horizontal flips and translations. Of spectrograms: translations in time, contrast."""
+"""Augmentation: flips and translations of training images, translations in time and contrast of training spectrograms."""
 
 import numpy as np
 from jaxtyping import Float32, Int64, Shaped

@@ -174,7 +174,9 @@ class Dataset:
             generator = _generator(seed, epoch, stream)
             variations[name] = sample_variations(len(rows), generator, flip=flip, shift=shift, vertical=vertical)
         contrasts = {}
-        for stream, (name, strength) in enumerate(self._contrasts.items() if shuffle else (), start=first + len(self._augmented)):
+        for stream, (name, strength) in enumerate(
+            self._contrasts.items() if shuffle else (), start=first + len(self._augmented)
+        ):
             contrasts[name] = sample_contrasts(len(rows), _generator(seed, epoch, stream), strength)
         for step in range(start, steps):
             part = slice(step * batch_size, (step + 1) * batch_size)
