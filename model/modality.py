@@ -27,7 +27,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float64, Shaped
 from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
@@ -137,14 +137,23 @@ class AudioModality(_ModalityBase):
             raise ValueError(
                 f"{self.seconds} s are {self.samples} samples, at least two windows ({2 * self.window}) are needed"
             )
-        top = 2595 * math.log10(1 + self.sample_rate / 1400)
-        lowest_band = 700 * (10 ** (top / (self.mels + 1) / 2595) - 1)  # Hz
+        lowest_band = self.band_edges[1]
         if lowest_band < self.sample_rate / self.window:
             raise ValueError(
                 f"{self.mels} mels are too many: the lowest band, {lowest_band:.1f} Hz, is narrower than the resolution of the "
                 f"window, {self.sample_rate / self.window:.1f} Hz. Reduce mels or enlarge the window"
             )
         return self
+
+    @property
+    def band_edges(self) -> Float64[np.ndarray, " edge"]:
+        """Edges of the ``mels`` bands in Hz, equally spaced on the mel scale (HTK's formula) from 0 to half the sample rate.
+
+        Band k lies between edges k and k + 2, with its peak at edge k + 1: there are ``mels`` + 2 edges.
+        """
+        highest = 2595 * math.log10(1 + self.sample_rate / 1400)
+        edges: NDArray[np.float64] = 700 * (10 ** (np.linspace(0, highest, self.mels + 2) / 2595) - 1)
+        return edges
 
     @property
     def samples(self) -> int:

@@ -137,6 +137,9 @@ class Data(_Table):
     random_shift: dict[str, PositiveInt] = Field(default={})
     """Image modalities that are shifted by up to this many pixels in each direction, and audio modalities that are shifted in
     time by up to this many frames, sampled in every epoch."""
+    random_contrast: dict[str, PositiveFloat] = Field(default={})
+    """Audio modalities whose decibels below the loudest value are multiplied by a factor from exp(-x) to exp(x), sampled in
+    every epoch. The level of the background noise then tells less of the speaker."""
     rows: Literal["all", "complete"] = "all"
     """Training rows. all: every row, with the modalities it has. complete: rows with all modalities. The test split always has
     all rows."""
@@ -464,7 +467,11 @@ class Config(_Table):
             raise ValueError(f"data.random_offset names {wrong}, the text modalities are {texts}")
         images = [m.name for m in self.modalities if isinstance(m, ImageModality)]
         audio = [m.name for m in self.modalities if isinstance(m, AudioModality)]
-        for key, title, allowed in (("random_flip", "image", images), ("random_shift", "image and audio", images + audio)):
+        for key, title, allowed in (
+            ("random_flip", "image", images),
+            ("random_shift", "image and audio", images + audio),
+            ("random_contrast", "audio", audio),
+        ):
             if wrong := [name for name in getattr(self.data, key) if name not in allowed]:
                 raise ValueError(f"data.{key} names {wrong}, the {title} modalities are {allowed}")
         if self.data.pairing == "row" and len(self.data.sources) > 1:

@@ -48,6 +48,8 @@ CARD = "README.md"
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx"})
 BUILTIN_FOLDER = Path(__file__).parent.parent / "bundles"
 DEFAULT_BUNDLE = "digits"
+SOUND_BUNDLE = "digits-sound"
+"""Needs the packages of kind ``audio``, and so is served only if it is named."""
 
 
 class BundleError(Exception):

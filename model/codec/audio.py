@@ -7,8 +7,8 @@ A file is prepared in these steps:
 2. The channels are averaged, and the result is resampled to ``modality.sample_rate``.
 3. Of a clip longer than ``modality.seconds`` the part with the most energy is kept. The part is moved so that its centre of
    energy lies in the middle, between zeros. Silence before and after a sound therefore has no effect.
-4. The power of a short-time Fourier transform with a Hann window is summed in triangular filters on the mel scale (HTK's
-   formula).
+4. The power of a short-time Fourier transform with a Hann window is summed in triangular filters on the mel scale
+   (``modality.band_edges``).
 5. Decibels relative to the loudest value, from ``modality.floor`` to 0, become [0, 1]. The loudness of the recording therefore
    has no effect.
 
@@ -19,6 +19,7 @@ Sources: Davis & Mermelstein (1980) for the filters; Griffin & Lim (1984), with 
 import io
 import math
 import struct
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -92,6 +93,30 @@ def array_from_file(modality: AudioModality, content: bytes, limits: Limits) -> 
         raise CodecError("too_large", f"the audio file has {len(content)} bytes, {limits.audio_bytes} are allowed")
     _check_signature(content)
     return array_from_samples(modality, _decode(modality, content, limits))
+
+
+def array_from_waveform(
+    modality: AudioModality, waveform: Float64[np.ndarray, "..."], rate: int, limits: Limits
+) -> Float32[np.ndarray, "1 mel frame"]:
+    """Spectrogram (1, mels, frames) in [0, 1] of samples in memory: as of a file that holds them.
+
+    Args:
+        waveform: (sample,) in [-1, 1], or two axes, of which the shorter one is the channels.
+        rate: in Hz.
+
+    Raises:
+        CodecError: ``bad_audio`` or ``too_large``, as for a file.
+        ImportError: see ``check_installed``.
+    """
+    if waveform.ndim not in (1, 2) or not waveform.size:
+        raise CodecError("bad_audio", f"samples have one axis, or two with channels; received the shape {list(waveform.shape)}")
+    _check_rate(rate)
+    length = max(waveform.shape)
+    _check_length(length, waveform.size // length, rate, limits)
+    mono = waveform.mean(axis=int(np.argmin(waveform.shape))) if waveform.ndim == 2 else waveform
+    if not bool(np.isfinite(mono).all()):
+        raise CodecError("bad_audio", "a sample is not a finite number")
+    return array_from_samples(modality, _resample(modality, rate, [mono.astype(np.float32)]))
 
 
 def read_header(content: bytes) -> tuple[int, float]:
@@ -204,36 +229,48 @@ def _check_signature(content: bytes) -> None:
 
 def _decode(modality: AudioModality, content: bytes, limits: Limits) -> Float32[np.ndarray, " sample"]:
     """Mono samples at ``modality.sample_rate``. The memory in use is that of the result, the limits bound it."""
-    soundfile, soxr = _libraries()
+    soundfile, _ = _libraries()
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             _check_header(file, limits)
             file.seekable = lambda: False  # soundfile would seek after each block, which fails if the length is unknown
-            resampler = soxr.ResampleStream(file.samplerate, modality.sample_rate, 1, dtype="float32")
-            is_resampled = file.samplerate != modality.sample_rate
-            rows = max(1, _BLOCK_SAMPLES // file.channels)
-            most = min(limits.audio_samples // file.channels, int(limits.audio_seconds * file.samplerate))
-            parts, count = [], 0
-            while len(block := file.read(rows, dtype="float32", always_2d=True)):
-                count += len(block)
-                if count > most:
-                    raise _too_long(limits, f"more than {most / file.samplerate:.4g} s in {file.channels} channels")
-                with np.errstate(invalid="ignore", over="ignore"):  # checked next
-                    mono = block.mean(axis=1, dtype=np.float32)
-                if not bool(np.isfinite(mono).all()):
-                    raise CodecError("bad_audio", "a sample is not a finite number")
-                parts.append(resampler.resample_chunk(mono) if is_resampled else mono)
-            if is_resampled and count:
-                parts.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-            if count < file.frames < _UNKNOWN_FRAMES and file.format == "FLAC":
-                raise CodecError("bad_audio", f"the FLAC file is cut short or damaged after sample {count} of {file.frames}")
+            return _resample(modality, file.samplerate, _mono_blocks(file, limits))
     except CodecError:
         raise
     except Exception as error:  # soundfile raises RuntimeError, TypeError and ValueError, soxr RuntimeError and ValueError
         raise CodecError("bad_audio", "the audio file is damaged or cut short") from error
+
+
+def _mono_blocks(file: Any, limits: Limits) -> Iterator[Float32[np.ndarray, " sample"]]:
+    """The mean of an open file's channels, some samples at a time."""
+    rows = max(1, _BLOCK_SAMPLES // file.channels)
+    most = min(limits.audio_samples // file.channels, int(limits.audio_seconds * file.samplerate))
+    count = 0
+    while len(block := file.read(rows, dtype="float32", always_2d=True)):
+        count += len(block)
+        if count > most:
+            raise _too_long(limits, f"more than {most / file.samplerate:.4g} s in {file.channels} channels")
+        with np.errstate(invalid="ignore", over="ignore"):  # checked next
+            mono = block.mean(axis=1, dtype=np.float32)
+        if not bool(np.isfinite(mono).all()):
+            raise CodecError("bad_audio", "a sample is not a finite number")
+        yield mono
     if not count:
         raise CodecError("bad_audio", "the audio file has no samples that can be read")
-    return np.concatenate(parts)
+    if count < file.frames < _UNKNOWN_FRAMES and file.format == "FLAC":
+        raise CodecError("bad_audio", f"the FLAC file is cut short or damaged after sample {count} of {file.frames}")
+
+
+def _resample(
+    modality: AudioModality, rate: int, blocks: Iterable[Float32[np.ndarray, " _"]]
+) -> Float32[np.ndarray, " sample"]:
+    """The samples of all blocks at ``modality.sample_rate``."""
+    if rate == modality.sample_rate:
+        return np.concatenate(list(blocks))
+    _, soxr = _libraries()
+    resampler = soxr.ResampleStream(rate, modality.sample_rate, 1, dtype="float32")
+    parts = [resampler.resample_chunk(block) for block in blocks]
+    return np.concatenate([*parts, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
 
 
 def _check_header(file: Any, limits: Limits) -> None:
@@ -244,14 +281,20 @@ def _check_header(file: Any, limits: Limits) -> None:
     """
     if file.format not in _FORMATS:
         raise CodecError("unsupported_media_type", f"the content is {file.format_info}: send WAV, FLAC, OGG or MP3")
+    _check_rate(file.samplerate)
+    if file.frames < _UNKNOWN_FRAMES:
+        _check_length(file.frames, file.channels, file.samplerate, limits)
+
+
+def _check_rate(rate: int) -> None:
     low, high = _RATES
-    if not low <= file.samplerate <= high:
-        raise CodecError("bad_audio", f"the sample rate is {file.samplerate} Hz, {low} to {high} Hz are allowed")
-    if file.frames >= _UNKNOWN_FRAMES:
-        return
-    seconds = file.frames / file.samplerate
-    if seconds > limits.audio_seconds or file.frames * file.channels > limits.audio_samples:
-        raise _too_long(limits, f"{seconds:,.4g} s in {file.channels} channels, {file.frames * file.channels:,} samples")
+    if not low <= rate <= high:
+        raise CodecError("bad_audio", f"the sample rate is {rate} Hz, {low} to {high} Hz are allowed")
+
+
+def _check_length(frames: int, channels: int, rate: int, limits: Limits) -> None:
+    if frames / rate > limits.audio_seconds or frames * channels > limits.audio_samples:
+        raise _too_long(limits, f"{frames / rate:,.4g} s in {channels} channels, {frames * channels:,} samples")
 
 
 def _too_long(limits: Limits, received: str) -> CodecError:
@@ -331,8 +374,7 @@ def _weights(modality: AudioModality) -> Float64[np.ndarray, " length"]:
 @lru_cache(maxsize=16)
 def _filters(modality: AudioModality) -> Float64[np.ndarray, "mel frequency"]:
     """Triangular filters, equally spaced on the mel scale from 0 Hz to half the sample rate, each with its peak at 1."""
-    top = 2595 * math.log10(1 + modality.sample_rate / 1400)
-    edges = 700 * (10 ** (np.linspace(0, top, modality.mels + 2) / 2595) - 1)
+    edges = modality.band_edges
     frequencies = np.arange(modality.window // 2 + 1) * (modality.sample_rate / modality.window)
     low, peak, high = edges[:-2, np.newaxis], edges[1:-1, np.newaxis], edges[2:, np.newaxis]
     rising, falling = (frequencies - low) / (peak - low), (high - frequencies) / (high - peak)

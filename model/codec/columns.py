@@ -7,7 +7,8 @@ kind        cell
 =========== =========================================================================================================
 image       the bytes of an image file; ``{bytes, path}`` as in Hugging Face's data sets; the path of an image file; base64 or
             a data URL; nested lists of numbers, channels first or last
-audio       the bytes of an audio file; ``{bytes, path}``; the path of an audio file; base64 or a data URL
+audio       the bytes of an audio file; ``{bytes, path}``; the path of an audio file; base64 or a data URL; decoded samples,
+            ``{array, sampling_rate}`` as in Hugging Face's data sets
 text        a string; several strings; a class number
 vector      a list of numbers, a single number, truth values as 0 and 1
 binary      a list of 0, 1 and truth values; a single one; an object of them
@@ -33,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from concord.model import codec
+from concord.model.codec import audio
 from concord.model.codec.errors import DEFAULT_LIMITS, CodecError, Limits
 from concord.model.modality import (
     AudioModality,
@@ -127,6 +129,8 @@ class ColumnReader:
         modality = self.modality
         if is_picture(modality) and _is_list(arrays[0]):
             yield from (self._parsed(self._listed_image, modality, row) for row in arrays[0])
+        elif isinstance(modality, AudioModality) and holds_samples(arrays[0].type):
+            yield from (self._parsed(self._samples, modality, row) for row in arrays[0])
         elif is_picture(modality) or isinstance(modality, AudioModality):
             yield from (self._parsed(self._file, modality, value) for value in arrays[0].to_pylist())
         elif isinstance(modality, VectorModality | BinaryModality) and not isinstance(modality, EncodedModality):
@@ -273,9 +277,21 @@ class ColumnReader:
             return Cell((self._parse(value),))
         raise CodecError(
             "wrong_type",
-            f"an {modality.kind} column holds {modality.kind} files as {{bytes, path}}, as bytes or as paths"
-            f"{', or nested lists of numbers' if is_picture(modality) else ''}; received {type(value).__name__}",
+            f"an {modality.kind} column holds {modality.kind} files as {{bytes, path}}, as bytes or as paths, or "
+            + ("nested lists of numbers" if is_picture(modality) else "{array, sampling_rate}")
+            + f"; received {type(value).__name__}",
         )
+
+    def _samples(self, modality: AudioModality, row: Any) -> Cell:
+        if not row.is_valid or not (row["array"].is_valid or row["sampling_rate"].is_valid):
+            return _ABSENT
+        samples = _dense(row["array"].values) if row["array"].is_valid else None
+        if samples is None or not row["sampling_rate"].is_valid:
+            raise CodecError(
+                "wrong_type",
+                "decoded samples are {array, sampling_rate}: a list of numbers, or one for each channel, and a rate in Hz",
+            )
+        return Cell((audio.array_from_waveform(modality, samples, int(row["sampling_rate"].as_py()), self.limits),))
 
     def _listed_image(self, _: Modality, row: Any) -> Cell:
         if not row.is_valid:
@@ -416,6 +432,12 @@ def number_range(array: ArrowArray) -> tuple[float, float] | None:
     numbers = _to_float64(array) if _is_number(array) else np.empty(0)
     numbers = numbers[np.isfinite(numbers)]
     return (float(numbers.min()), float(numbers.max())) if numbers.size else None
+
+
+def holds_samples(kind: Any) -> bool:
+    """Whether an Arrow type is that of decoded sounds: ``{array, sampling_rate}``, and other fields, which are not read."""
+    names = {kind.field(index).name for index in range(kind.num_fields)} if str(kind).startswith("struct") else set()
+    return {"array", "sampling_rate"} <= names
 
 
 def white_level(value_range: tuple[float, float] | None) -> float:
@@ -565,5 +587,5 @@ def _plain_number(value: object) -> object:
 
 
 def _is_path(value: str) -> bool:
-    """Whether a string names an image file. Base64 has no dots; data URLs and addresses are left to the codec."""
+    """Whether a string names an image or audio file. Base64 has no dots; data URLs and addresses are left to the codec."""
     return "." in value and not value[:8].lower().startswith(("data:", "http://", "https://"))

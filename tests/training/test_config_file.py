@@ -24,6 +24,7 @@ HASHES = {
     "ablations/forward.toml": "c61b9161894a65723c3e64c3fe157406cf925f516005b3576e63bbba56707ab3",
     "ablations/four-steps.toml": "3bbe8f7fd56c190fcc06ff32203d86cb68b8d2f616d5947883f7e5fe3571286c",
     "ablations/gaussian.toml": "0017807b6bde6d2bb191ac16daf79a1aa6d0b9a7cce2a1d40c740591618c12e6",
+    "ablations/half-width.toml": "e7f24b978f1dd92d952bd74732ed6ce57101edeae210d0ddbfefee6682a90a4f",
     "ablations/latent-8-unrefined.toml": "d385f27233fd17f5b49ce50ba4376d7a92aadc29492bcd1cc3d6007c23e0956a",
     "ablations/latent-8.toml": "0c291514bb8ae9504373513239f06ef8588a08cf0cda31ea8bde34edaeff27cd",
     "ablations/narrow-unrefined.toml": "c88a79033953f9571f47b3cd591a6f471c6ee1b52e33f1635fd898604bac49be",
@@ -47,7 +48,7 @@ HASHES = {
     "birds-features.toml": "0f4aba9750fb4384f104523ea1251cd548c7829e078c38d64e74e8b97f02aeb8",
     "birds.toml": "d3bb47edff243618133bb5477dc603bf0c6cf83b27ba00bcb79c7ea3a252d10a",
     "digits-svhn.toml": "17ea839d0e57e9dba99d19ec97e2f8076cccc0a735d3134e743df47dff79d609",
-    "digits-sound.toml": "daade5b4f8464890244e3b000b1f56947e532221aba1b9275abae0356a8c6078",
+    "digits-sound.toml": "8afea9c2e7e4d96f3d00f8279cc9dd53214a9ceef465bcad343ef604ccc298b5",
     "digits.toml": "cfaf8f01ac33dfd9d4f5cacbf6029b356173dfdf4ed4fce66c7c1c72512bc977",
     "fashion.toml": "beb96587f62bc86d2dc77c5a64715edfe813d3c58a48d3fe929ad4b8d475bf41",
 }
@@ -162,6 +163,11 @@ def test_source_on_the_hub_loads() -> None:
         ('pairing = "row"', 'pairing = "row"\nrandom_offset = ["digit"]', r"random_offset names \['digit'\].*\['word'\]"),
         ('pairing = "row"', 'pairing = "row"\nrandom_flip = ["word"]', r"random_flip names \['word'\].*\['digit'\]"),
         ('pairing = "row"', 'pairing = "row"\nrandom_shift = { word = 2 }', r"random_shift names \['word'\].*\['digit'\]"),
+        (
+            'pairing = "row"',
+            'pairing = "row"\nrandom_contrast = { word = 0.5 }',
+            r"random_contrast names \['word'\].* audio .*\[\]",
+        ),
         ('"row"', '"class"', r'data\.pairing = "class" needs a label column in every'),
         ('name = "small"', "name = small", r"run\.toml: not TOML \(Invalid value.*line 2"),
     ],

@@ -1,7 +1,7 @@
-"""Augmentation of training images: random horizontal flips and translations. Of spectrograms: translations in time."""
+"""Augmentation: flips and translations of training images, translations in time and contrast of training spectrograms."""
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float32, Int64, Shaped
 
 
 def sample_variations(
@@ -38,3 +38,23 @@ def augment(
     x = np.where(flipped == 1, len(width) - 1 - x, x)
     index = (rows[:, None, None, None], channels[:, None, None], y[:, None, :, None], x[:, None, None, :])
     return np.asarray(images[index])
+
+
+def sample_contrasts(rows: int, generator: np.random.Generator, strength: float) -> Float32[np.ndarray, " row"]:
+    """Sample a factor for each row, log-uniform from exp(-strength) to exp(strength)."""
+    return np.exp(generator.uniform(-strength, strength, rows)).astype(np.float32)
+
+
+def change_contrast(
+    spectrograms: Float32[np.ndarray, "row channel mel frame"], factors: Float32[np.ndarray, " row"]
+) -> Float32[np.ndarray, "row channel mel frame"]:
+    """Multiply the decibels between each value and the loudest possible one, 1, by the factor of its row.
+
+    This is the power law of loudness (a gamma correction of the spectrum): a large factor hides background noise, as a better
+    microphone does. Values at the floor stay there, so that the padding around a short clip remains silent.
+
+    Args:
+        spectrograms: in [0, 1], see ``model.codec.audio``.
+    """
+    changed = np.maximum(0, 1 - (1 - spectrograms) * factors[:, None, None, None])
+    return np.where(spectrograms > 0, changed, np.float32(0))

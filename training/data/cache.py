@@ -50,7 +50,7 @@ def cached(
         return parse()
     facts = {
         "format": _FORMAT,
-        "versions": [importlib.metadata.version("concord-mvae"), PIL.__version__],
+        "versions": [importlib.metadata.version("concord-mvae"), PIL.__version__, *_sound_versions(modality)],
         "file": digest,
         "rows": hashlib.sha256(rows.numbers.tobytes()).hexdigest(),
         "columns": list(columns),
@@ -67,11 +67,17 @@ def cached(
     return column
 
 
+def _sound_versions(modality: Modality) -> list[str]:
+    """Versions of the libraries that decode and resample sounds, if the modality is one."""
+    packages = ("soundfile", "soxr") if isinstance(modality, AudioModality) else ()
+    return [importlib.metadata.version(package) for package in packages]
+
+
 def _has_paths(rows: Rows, column: str) -> bool:
     """Whether pictures or sounds of a column may lie in separate files: strings, or structs without bytes."""
     for (array,) in rows.batches([column]):
         if pa.types.is_struct(array.type):
-            if array.filter(array.is_valid()).field("bytes").null_count:
+            if "bytes" in array.type.names and array.filter(array.is_valid()).field("bytes").null_count:
                 return True
         elif not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type) or pa.types.is_nested(array.type)):
             return True

@@ -17,7 +17,7 @@ from concord.model.codec import check_installed
 from concord.model.encoder import EncoderFiles
 from concord.model.modality import ImageModality, Modality
 from concord.training.config import Config, Data
-from concord.training.data.augmentation import augment, sample_variations
+from concord.training.data.augmentation import augment, change_contrast, sample_contrasts, sample_variations
 from concord.training.data.columns import Column, absence
 from concord.training.data.preprocessing import fit_preprocessing
 from concord.training.data.sources import UNKNOWN, Shard, Split, Table, open_table, read_table
@@ -105,6 +105,7 @@ class Dataset:
             for m in self.modalities
             if m.name in data.random_flip or m.name in data.random_shift
         }
+        self._contrasts = {m.name: data.random_contrast[m.name] for m in self.modalities if m.name in data.random_contrast}
         self._multiple_texts = [m.name for m in self.modalities if self.columns[m.name].starts is not None]
         if rows_per_epoch is not None and rows_per_epoch > len(self):
             raise DataError(
@@ -172,6 +173,11 @@ class Dataset:
         for stream, (name, (flip, shift, vertical)) in enumerate(self._augmented.items() if shuffle else (), start=first):
             generator = _generator(seed, epoch, stream)
             variations[name] = sample_variations(len(rows), generator, flip=flip, shift=shift, vertical=vertical)
+        contrasts = {}
+        for stream, (name, strength) in enumerate(
+            self._contrasts.items() if shuffle else (), start=first + len(self._augmented)
+        ):
+            contrasts[name] = sample_contrasts(len(rows), _generator(seed, epoch, stream), strength)
         for step in range(start, steps):
             part = slice(step * batch_size, (step + 1) * batch_size)
             batch = self._batch(
@@ -179,6 +185,7 @@ class Dataset:
                 {name: index[part] for name, index in indices.items()},
                 {name: offset[part] for name, offset in offsets.items()},
                 {name: variation[part] for name, variation in variations.items()},
+                {name: factors[part] for name, factors in contrasts.items()},
             )
             yield batch.to(self.device)
 
@@ -249,6 +256,7 @@ class Dataset:
         indices: dict[str, NDArray[np.int64]],
         offsets: dict[str, NDArray[np.int64]],
         variations: dict[str, NDArray[np.int64]],
+        contrasts: dict[str, NDArray[np.float32]],
     ) -> Batch:
         arrays, masks = {}, []
         for modality in self.modalities:
@@ -259,6 +267,8 @@ class Dataset:
                 values = _shift(values, offsets[modality.name])
             if modality.name in variations:
                 values[present] = augment(values[present], variations[modality.name][present])
+            if modality.name in contrasts:
+                values[present] = change_contrast(values[present], contrasts[modality.name][present])
             if values.dtype == np.uint8:  # NumPy, because torch would start its thread pool for a millisecond of work
                 values = np.divide(values, np.float32(255), dtype=np.float32)
             arrays[modality.name] = torch.from_numpy(values)

@@ -21,7 +21,7 @@ from concord.model.codec import audio
 from concord.model.codec import columns as codec_columns
 from concord.model.codec.errors import DEFAULT_LIMITS, CodecError
 from concord.model.codec.text import is_unspaced, tokenize
-from concord.model.modality import ImageModality
+from concord.model.modality import AudioModality, ImageModality
 from concord.training.data.tables import AUDIO_SUFFIXES, IMAGE_SUFFIXES, RawTable
 
 Role = Literal["image", "audio", "text", "vector", "binary", "categorical", "label", "split", "skipped"]
@@ -66,6 +66,7 @@ _SPLIT_COLUMNS = frozenset({"split", "splits", "fold", "part", "partition", "sub
 _IDENTIFIER = re.compile(r"(^|_)(id|ids|uuid|guid|index|url|uri|path|file|filename|hash|md5|sha1|sha256)$")
 
 _ANY_IMAGE = ImageModality(name="image", channels=3, height=2, width=2)
+_ANY_SOUND = AudioModality(name="sound", seconds=1.0)
 
 ReadFile = Callable[[str], bytes]
 
@@ -282,6 +283,8 @@ def _observer(table: RawTable, column: str, read_file: ReadFile) -> _Observer:
         observer = _Numbers(column, kind, has_nulls=table.null_count(column) != 0)
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         observer = _Strings(column, read_file)
+    elif codec_columns.holds_samples(kind):
+        observer = _Samples(column, read_file)
     elif _is_binary(kind) or (pa.types.is_struct(kind) and {part.name for part in kind} <= {"bytes", "path"}):
         observer = _Files(column, read_file)
     elif depth == 1 and (pa.types.is_string(element) or pa.types.is_large_string(element)):
@@ -622,7 +625,7 @@ class _Files(_Observer):
         self._is_grey = True
         self._sounds: list[tuple[int, float]] = []  # sample rate and seconds
         self._damaged = 0
-        self._reason = ""
+        self._first_damaged: Any = None  # the value, or the error of a sound
 
     def _add(self, array: pa.Array) -> None:
         for value in _values(array):
@@ -640,28 +643,30 @@ class _Files(_Observer):
                     self._sizes[image.height, image.width] += 1
                     self._is_grey = self._is_grey and image.mode in _GREY_MODES
             except (ImportError, CodecError) as error:
-                self._reason = str(error)
+                self._first_damaged = self._first_damaged or error
                 self._damaged += 1
             except Exception:  # Pillow raises many classes, and the path may be missing
+                self._first_damaged = self._first_damaged or value
                 self._damaged += 1
-                self._reason = self._reason or self._why_damaged(value)
         self.is_clear = self._sampled >= _MAX_SAMPLED_VALUES
 
     @property
     def _sampled(self) -> int:
         return self._sizes.total() + len(self._sounds) + self._damaged
 
-    def _why_damaged(self, value: Any) -> str:
-        """Return the reason in the words of ``check``."""
-        reader = codec_columns.ColumnReader(_ANY_IMAGE, (self.column,), read_file=self._read_file)
-        (cell,) = reader.cells([pa.array([value])])
+    def _why_damaged(self, modality: ImageModality | AudioModality) -> str:
+        """Return the reason of the first damaged value in the words of ``check``."""
+        if isinstance(self._first_damaged, Exception):
+            return str(self._first_damaged)
+        reader = codec_columns.ColumnReader(modality, (self.column,), read_file=self._read_file)
+        (cell,) = reader.cells([pa.array([self._first_damaged])])
         return str(cell.error or "the header cannot be read")
 
     def _schema(self) -> ColumnSchema:
         if len(self._sounds) > self._sizes.total():
             return self._audio_schema()
         if not self._sizes:
-            return self._skipped(f"not images or sounds: {self._reason}" if self._reason else "empty")
+            return self._skipped(f"not images or sounds: {self._why_damaged(_ANY_IMAGE)}" if self._damaged else "empty")
         (height, width), _ = self._sizes.most_common(1)[0]
         keep_size = len(self._sizes) == 1 and min(height, width) >= 2 and max(height, width) <= _MAX_NATIVE_SIDE
         fields = {
@@ -671,7 +676,7 @@ class _Files(_Observer):
         }
         note = "images, " + (f"{len(self._sizes)} sizes" if len(self._sizes) > 1 else f"all {height} x {width}")
         is_natural = not self._is_grey and min(height, width) >= _MIN_NATURAL_SIDE
-        return replace(self._is("image", note + self._note_damaged("images"), fields), suits_encoder=is_natural)
+        return replace(self._is("image", note + self._note_damaged(_ANY_IMAGE), fields), suits_encoder=is_natural)
 
     def _audio_schema(self) -> ColumnSchema:
         rates, lengths = zip(*self._sounds, strict=True)
@@ -682,12 +687,36 @@ class _Files(_Observer):
         fields = {"sample_rate": rate, "seconds": seconds, "window": window, "hop": window // 2, "mels": 32}
         hertz = " and ".join(map(str, sorted(set(rates))[:3]))
         note = f"sounds of {min(lengths):.2f} to {longest:.2f} s, sampled at {hertz} Hz"
-        return self._is("audio", note + self._note_damaged("sounds"), fields)
+        return self._is("audio", note + self._note_damaged(_ANY_SOUND), fields)
 
-    def _note_damaged(self, noun: str) -> str:
+    def _note_damaged(self, modality: ImageModality | AudioModality) -> str:
         if not self._damaged:
             return ""
-        return f", {self._damaged} of {self._sampled} sampled {noun} are damaged (the first: {self._reason})"
+        reason = self._why_damaged(modality)
+        return f", {self._damaged} of {self._sampled} sampled {modality.name}s are damaged (the first: {reason})"
+
+
+class _Samples(_Files):
+    """Decoded sounds as ``{array, sampling_rate}``."""
+
+    def _add(self, array: pa.Array) -> None:
+        for row in array.drop_null().slice(0, _MAX_SAMPLED_VALUES - self._sampled):
+            samples, rate = row["array"], row["sampling_rate"].as_py()
+            if samples.is_valid and rate and (length := _longest_axis(samples)):
+                self._sounds.append((int(rate), length / rate))
+            elif samples.is_valid or rate:
+                self._first_damaged = CodecError("wrong_type", "no samples, or no rate")
+                self._damaged += 1
+        self.is_clear = self._sampled >= _MAX_SAMPLED_VALUES
+
+    def _schema(self) -> ColumnSchema:
+        return self._audio_schema() if self._sounds else self._skipped("decoded sounds without samples or without a rate")
+
+
+def _longest_axis(samples: Any) -> int:
+    """Return the number of samples in an Arrow list of them, or of lists for each channel."""
+    channel = getattr(samples[0], "values", None) if len(samples) else None
+    return max(len(samples), 0 if channel is None else len(channel))
 
 
 def _is_file_path(text: str) -> bool:

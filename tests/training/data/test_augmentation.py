@@ -1,8 +1,8 @@
-"""Flipped and translated images, checked pixel by pixel."""
+"""Flipped and translated images, spectrograms of another contrast, checked value by value."""
 
 import numpy as np
 
-from concord.training.data.augmentation import augment, sample_variations
+from concord.training.data.augmentation import augment, change_contrast, sample_contrasts, sample_variations
 
 IMAGE = np.arange(12, dtype=np.uint8).reshape(1, 1, 3, 4)
 
@@ -38,3 +38,19 @@ def test_sample_variations_cover_their_range() -> None:
     assert not only_sideways[:, :2].any()
     assert only_sideways[:, 2].any()
     assert not sample_variations(50, np.random.default_rng(0), flip=False, shift=0).any()
+
+
+def test_contrast_multiplies_the_decibels_below_the_loudest_value_and_keeps_silence() -> None:
+    spectrogram = np.array([[[[1.0, 0.75, 0.5, 0.25, 0.0]]]], np.float32)
+    less = change_contrast(spectrogram, np.array([0.5], np.float32))
+    assert less.dtype == np.float32
+    assert less.ravel().tolist() == [1.0, 0.875, 0.75, 0.625, 0.0]
+    more = change_contrast(np.repeat(spectrogram, 2, axis=0), np.array([1, 1.5], np.float32))
+    assert more[0].ravel().tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert more[1].ravel().tolist() == [1.0, 0.625, 0.25, 0.0, 0.0]
+
+
+def test_sampled_contrasts_are_log_uniform() -> None:
+    logarithms = np.log(sample_contrasts(5000, np.random.default_rng(0), 0.5))
+    assert abs(logarithms).max() <= 0.5
+    np.testing.assert_allclose(np.quantile(logarithms, [0.1, 0.5, 0.9]), [-0.4, 0.0, 0.4], atol=0.03)

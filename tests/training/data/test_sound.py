@@ -1,5 +1,6 @@
 """Columns of sounds: forms of a cell, inferred configurations, rows chosen by a column, translations in time."""
 
+import importlib.metadata
 import io
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from concord.model.modality import AudioModality, CategoricalModality
 from concord.training.config import Config, Source
 from concord.training.data import dataset
 from concord.training.data.infer_schema import infer_schema
-from concord.training.data.sources import read_table
+from concord.training.data.sources import open_table, read_table
 from concord.training.data.tables import HubTable
 from concord.training.errors import DataError
 from tests.support.sounds import RATE, SEVEN, SOUND, encode_sound, speech
@@ -55,6 +56,50 @@ def test_bytes_paths_and_hugging_face_audio_are_the_same_array(tmp_path: Path) -
         np.testing.assert_array_equal(column.values, [expected, expected, 0 * expected])
 
 
+def test_decoded_sounds_are_the_arrays_of_their_files(tmp_path: Path) -> None:
+    tone = clip(0.5, 44_100)
+    mono, resampled = soundfile.read(SEVEN)[0], soundfile.read(io.BytesIO(tone))[0]
+    stereo = np.stack([resampled, resampled])
+    expected = [codec.parse_bytes(SOUND, content) for content in (CONTENT, CONTENT, tone, tone)]
+    rows = [[mono], [mono], [resampled], stereo, None]
+    rates = [RATE, RATE, 44_100, 44_100, None]
+    for samples in (pa.float64(), pa.list_(pa.float32())):  # of one channel, and of two
+        is_mono = samples == pa.float64()
+        cells = [
+            None if row is None else {"array": (row[0] if is_mono else list(row)), "sampling_rate": rate, "path": None}
+            for row, rate in zip(rows, rates, strict=True)
+        ]
+        kind = pa.struct([("array", pa.list_(samples)), ("sampling_rate", pa.int64()), ("path", pa.string())])
+        pq.write_table(pa.table({"audio": pa.array(cells, kind), "language": ["en"] * 5}), tmp_path / "rows.parquet")
+        column = read(tmp_path).columns["sound"]
+        assert column.present.tolist() == [True] * 4 + [False]
+        np.testing.assert_allclose(column.values[:4], expected, atol=1e-5)
+        (schema, _) = infer_schema(open_table("rows.parquet", tmp_path))
+        assert (schema.role, schema.nulls, schema.fields["seconds"]) == ("audio", 1, 0.5)
+        assert schema.note == "sounds of 0.48 to 0.50 s, sampled at 8000 and 44100 Hz"
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ({"array": [0.1, None], "sampling_rate": 8000}, r"decoded samples are \{array, sampling_rate\}"),
+        ({"array": [0.1, 0.2], "sampling_rate": None}, r"decoded samples are \{array, sampling_rate\}"),
+        ({"array": [], "sampling_rate": 8000}, r"received the shape \[0\]"),
+        ({"array": [0.1] * 9000, "sampling_rate": 8}, "the sample rate is 8 Hz"),
+        ({"array": [0.1] * 9000 + [float("nan")], "sampling_rate": 8000}, "a sample is not a finite number"),
+        ({"array": [0.0] * 700_000, "sampling_rate": 8000}, "87.5 s in 1 channels, 700,000 samples; 60 s"),
+        ({"array": [0.1] * 9, "sampling_rate": 8000}, "the clip lasts 1.12 ms"),
+    ],
+    ids=["null in it", "no rate", "empty", "rate", "NaN", "long", "short"],
+)
+def test_invalid_decoded_sound_names_its_row_and_reason(tmp_path: Path, cell: dict[str, Any], reason: str) -> None:
+    kind = pa.struct([("array", pa.list_(pa.float64())), ("sampling_rate", pa.int64())])
+    good = {"array": speech(), "sampling_rate": RATE}
+    pq.write_table(pa.table({"audio": pa.array([good, cell], kind), "language": ["en"] * 2}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="row 1, column 'audio': invalid sound: .*" + reason):
+        read(tmp_path)
+
+
 def test_invalid_sound_names_its_row(tmp_path: Path) -> None:
     write(tmp_path, {"audio": [CONTENT, CONTENT[:50]], "language": ["en", "en"]})
     with pytest.raises(DataError, match=r"row 1, column 'audio': invalid sound: the audio file is damaged or cut short"):
@@ -82,27 +127,36 @@ def test_where_selects_rows_by_strings_or_class_names_before_they_are_split(tmp_
         read(tmp_path, where={"speaker": "en-1"})
 
 
+def load_twenty_clips(folder: Path, **options: Any) -> dataset.Dataset:
+    """Eighteen training rows with the same clip."""
+    write(folder, {"audio": [CONTENT] * 20, "language": ["en", "ar"] * 10})
+    columns = {"sound": "audio", "language": "language"}
+    source = {"train": "rows.parquet", "held_out": 0.1, "columns": columns, "licence": "none"}
+    modalities = [SOUND.model_dump(), LANGUAGE.model_dump()]
+    data = {"pairing": "row", "sources": [source], **options}
+    return dataset.load(Config.model_validate({"name": "sounds", "modalities": modalities, "data": data}), "train", folder)
+
+
+def test_random_contrast_keeps_the_peak_and_the_silence_of_sounds(tmp_path: Path) -> None:
+    rows = load_twenty_clips(tmp_path, random_contrast={"sound": 0.5})
+    expected = codec.parse_bytes(SOUND, CONTENT)
+    (first,) = (batch.arrays["sound"].numpy() for batch in rows.batches(0, 18, 0))
+    assert (first[:, expected == 0] == 0).all()
+    assert (first.max(axis=(1, 2, 3)) == 1).all()
+    below = (expected > 0.7) & (expected < 1)  # no factor takes these values to the floor
+    factors = ((1 - first) / (1 - np.where(below, expected, 0)))[:, below]
+    np.testing.assert_allclose(factors, np.broadcast_to(factors[:, :1], factors.shape), atol=1e-4)
+    assert np.exp(-0.5) <= factors.min() < 0.8
+    assert 1.25 < factors.max() <= np.exp(0.5) + 1e-4
+    (again,), (second,) = ([batch.arrays["sound"].numpy() for batch in rows.batches(epoch, 18, 0)] for epoch in (0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second)
+    (still,) = rows.batches(0, 18, 0, shuffle=False)
+    assert all(np.array_equal(array, expected) for array in still.arrays["sound"].numpy())
+
+
 def test_random_shift_moves_sounds_in_time_only(tmp_path: Path) -> None:
-    write(tmp_path, {"audio": [CONTENT] * 20, "language": ["en", "ar"] * 10})
-    config = Config.model_validate(
-        {
-            "name": "sounds",
-            "modalities": [SOUND.model_dump(), LANGUAGE.model_dump()],
-            "data": {
-                "pairing": "row",
-                "random_shift": {"sound": 2},
-                "sources": [
-                    {
-                        "train": "rows.parquet",
-                        "held_out": 0.1,
-                        "columns": {"sound": "audio", "language": "language"},
-                        "licence": "none",
-                    }
-                ],
-            },
-        }
-    )
-    rows = dataset.load(config, "train", tmp_path)
+    rows = load_twenty_clips(tmp_path, random_shift={"sound": 2})
     expected = codec.parse_bytes(SOUND, CONTENT)
     assert not expected[..., :2].any()
     assert not expected[..., -2:].any()  # so that a translation is a roll
@@ -150,7 +204,39 @@ def test_inferred_fields_make_a_valid_modality(values: list[bytes | None], field
     modality = AudioModality(name="clip", **schema.fields)
     codec.parse(modality, codec.render(modality, codec.parse_bytes(modality, encode_sound(speech())))["data"])
     assert schema.note.startswith("sounds of ")
-    assert ("1 of 19 sampled sounds are damaged" in schema.note) == (b"no sound" in values)
+    damaged = (
+        "1 of 19 sampled sounds are damaged (the first: not a WAV, FLAC, OGG or MP3 file: 8 bytes that begin with b'no sound')"
+    )
+    assert (damaged in schema.note) == (b"no sound" in values)
+
+
+@pytest.mark.parametrize("name", ["path", "clip"])
+def test_paths_of_sounds_are_inferred_as_audio(tmp_path: Path, name: str) -> None:
+    (tmp_path / "clips").mkdir()
+    paths = [f"clips/{row}.{'FLAC' if row % 2 else 'flac'}" for row in range(20)]
+    for path in paths[1:]:
+        (tmp_path / path).write_bytes(CONTENT)
+    pq.write_table(pa.table({name: [*paths, None]}), tmp_path / "rows.parquet")
+    (schema,) = infer_schema(open_table("rows.parquet", tmp_path))
+    assert (schema.role, schema.nulls) == ("audio", 1)
+    assert "1 of 20 sampled sounds are damaged (the first: no such file: 'clips/0.flac'" in schema.note
+
+
+def test_parsed_sounds_are_kept_for_the_versions_of_their_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"audio": [CONTENT] * 2, "language": ["en", "ar"]})
+    cache = tmp_path / "cache"
+    source = Source(
+        train="rows.parquet", test="rows.parquet", columns={"sound": "audio", "language": "language"}, licence="none"
+    )
+
+    def entries() -> int:
+        read_table(source, "train", {"sound": SOUND, "language": LANGUAGE}, tmp_path, cache=cache)
+        return len(list(cache.iterdir()))
+
+    assert [entries(), entries()] == [2, 2]
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "soxr" else version(name))
+    assert entries() == 3  # of the sound only
 
 
 def test_missing_package_ends_loading_with_the_extra_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
