@@ -17,8 +17,9 @@ Binary
     0, 1, true or false for each attribute: a list in the modality's order, or an object that names every attribute.
 Image or text with a frozen encoder
     The picture or the text becomes the input of the encoder (``model.codec.frozen``): a picture is prepared as the encoder's
-    description says, a text is split by its tokenizer. A list of numbers or ``{"data": base64, "dtype": "float32"}`` is the
-    feature vector itself. ``render`` returns a feature vector.
+    description says, a text is split by its tokenizer. A list of strings is several texts of the same thing, whose features are
+    averaged. A list of numbers or ``{"data": base64, "dtype": "float32"}`` is the feature vector itself. ``render`` returns a
+    feature vector.
 Categorical
     The name of a class. Upper case, and white space at its ends, matter only where classes differ in nothing else. A number for
     a class whose name is that number, true and false for classes of these names.
@@ -43,7 +44,7 @@ from jaxtyping import Float32, Int64, Shaped
 from concord.model.codec import audio
 from concord.model.codec.base64 import array_to_base64, bytes_to_base64, from_base64
 from concord.model.codec.errors import DEFAULT_LIMITS, Code, CodecError, Limits, check_fields, json_type
-from concord.model.codec.frozen import Preprocessor, is_input
+from concord.model.codec.frozen import MAX_TEXTS, Preprocessor, count_inputs, is_input, joined
 from concord.model.codec.image import array_from_file, array_from_image, file_from_array
 from concord.model.codec.text import text_from_array, tokens_from_text
 from concord.model.codec.vector import MAX_DEVIATIONS, standardise, statistics, within_range
@@ -61,13 +62,16 @@ from concord.model.modality import (
 )
 
 __all__ = [
+    "MAX_TEXTS",
     "Code",
     "CodecError",
     "Limits",
     "Preprocessor",
     "array_from_image",
     "check_installed",
+    "count_inputs",
     "is_input",
+    "joined",
     "media_types",
     "parse",
     "parse_bytes",
@@ -102,7 +106,8 @@ def parse(  # noqa: PLR0911 - one for each kind
             - vector: a list of numbers or ``{"data": base64, "dtype": "float32"}`` (little-endian),
             - binary: a list of 0 and 1, or an object of booleans,
             - categorical: the name of the class,
-            - image or text with a frozen encoder: the image or text, or its feature vector in the forms of a vector.
+            - image or text with a frozen encoder: the image or text, a list of texts, or its feature vector in the forms of a
+              vector.
 
             A single number or boolean is a list of one.
 
@@ -213,12 +218,13 @@ def _parse_encoded(
     modality: EncodedModality, value: object, limits: Limits, preprocessor: Preprocessor | None
 ) -> Shaped[np.ndarray, "..."]:
     """The input of the frozen encoder, or the standardised feature vector."""
-    if isinstance(value, list) or (isinstance(value, dict) and "dtype" in value):
+    are_texts = modality.kind == "text" and isinstance(value, list) and (not value or isinstance(value[0], str))
+    if not are_texts and (isinstance(value, list) or (isinstance(value, dict) and "dtype" in value)):
         return _parse_vector(modality, value)
     if modality.kind == "image":
         return _parse_file(modality, value, limits, preprocessor)
     assert preprocessor is not None
-    return standardised(modality, preprocessor.tokens(value, modality.too_long, limits))
+    return standardised(modality, preprocessor.texts(value, modality.too_long, limits))
 
 
 def standardised(modality: EncodedModality, prepared: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

@@ -107,7 +107,8 @@ class ColumnReader:
         class_names: names of class numbers, in their order. None: the column holds no class numbers.
         white: value of a white pixel in nested lists of numbers: 1 or 255, see ``white_level``.
         read_file: returns the content of the image or audio file with a given path.
-        all_texts: whether a cell of several texts has all of them as values, or the first one only.
+        all_texts: whether a cell of several texts has all of them as values. Otherwise it has the first one, or with a frozen
+            encoder, all of them as one value.
         preprocessor: of the frozen encoder, if the modality has one. The cells hold its inputs.
     """
 
@@ -230,6 +231,8 @@ class ColumnReader:
             return _BLANK if strings else _ABSENT
         if isinstance(modality, CategoricalModality):
             return self._class(modality, present[0])
+        if isinstance(modality, EncodedModality) and not self.all_texts:
+            return Cell((codec.joined([self._parse(string) for string in present]),))
         chosen = present if self.all_texts else present[:1]
         return Cell([self._parse(string) for string in chosen])
 

@@ -1,6 +1,7 @@
 """Picture or text -> input of a frozen encoder."""
 
 import reprlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 EncoderInput = UInt8[np.ndarray, "3 height width"] | Int32[np.ndarray, "_"]
-"""Pixels from 0 to 255, or tokens without padding. A feature vector is float32."""
+"""Pixels from 0 to 255; or tokens without padding, of one text or of several with -1 between them. Features are float32."""
 Prepared = EncoderInput | Float32[np.ndarray, " size"]
+MAX_TEXTS = 16
+"""Most texts of one modality in a request."""
+_BOUNDARY = np.array([-1], dtype=np.int32)
 
 
 class Preprocessor:
@@ -51,6 +55,34 @@ class Preprocessor:
         if isinstance(picture, bytes):
             return pixels_from_file(self.image, picture, limits)
         return pixels_from_image(self.image, picture)
+
+    def texts(self, value: object, too_long: Literal["refuse", "cut"], limits: Limits) -> Prepared:
+        """Tokens of a text, or of a list of texts of the same thing, see ``joined``.
+
+        Raises:
+            CodecError: as ``tokens``; or the list is empty, has more than ``MAX_TEXTS`` texts, or too many characters in total.
+        """
+        if not isinstance(value, list):
+            return self.tokens(value, too_long, limits)
+        if not 1 <= len(value) <= MAX_TEXTS:
+            raise CodecError(
+                "bad_text",
+                f"the list has {len(value)} texts, 1 to {MAX_TEXTS} are allowed: "
+                f"{'send fewer' if value else 'leave the modality out if it is absent'}",
+            )
+        characters = sum(len(text) for text in value if isinstance(text, str))
+        if characters > limits.text_characters:
+            raise CodecError(
+                "too_large", f"the texts have {characters} characters in total, {limits.text_characters} are allowed"
+            )
+        parts = []
+        for index, text in enumerate(value):
+            try:
+                parts.append(self.tokens(text, too_long, limits))
+            except CodecError as error:
+                error.pointer = f"/{index}"
+                raise
+        return joined(parts)
 
     def tokens(self, text: object, too_long: Literal["refuse", "cut"], limits: Limits) -> Prepared:
         """Tokens of a text, with those that the tokenizer adds.
@@ -102,6 +134,32 @@ class Preprocessor:
 def is_input(array: Shaped[np.ndarray, "..."]) -> bool:
     """Whether an array is the input of a frozen encoder. No array of a modality has its type."""
     return array.dtype.char in "Bi"  # uint8 and int32: compared as characters, since every row of a request passes here
+
+
+def joined(texts: Sequence[Prepared]) -> Prepared:
+    """The input of an encoder for several texts of the same thing, whose feature is the mean of theirs; or that mean.
+
+    Args:
+        texts: at least one, all of them tokens or all of them feature vectors.
+    """
+    if not is_input(texts[0]):
+        return np.asarray(np.mean(texts, axis=0, dtype=np.float32))
+    return np.concatenate([part for text in texts for part in (_BOUNDARY, text)][1:])
+
+
+def separated(prepared: EncoderInput) -> Sequence[EncoderInput]:
+    """The texts that ``joined`` has joined. Any other input is returned as the only one."""
+    if count_inputs(prepared) == 1:
+        return [prepared]
+    bounds = np.flatnonzero(prepared == _BOUNDARY)
+    return [part[part != _BOUNDARY] for part in np.split(prepared, bounds)]
+
+
+def count_inputs(array: Shaped[np.ndarray, "..."]) -> int:
+    """Number of pictures or texts that a frozen encoder reads of an array. 0: the array is no input of one."""
+    if not is_input(array):
+        return 0
+    return 1 if array.ndim > 1 else 1 + int(np.count_nonzero(array == _BOUNDARY))
 
 
 def _load_tokenizer(content: bytes) -> "Tokenizer":

@@ -70,7 +70,8 @@ def tokens_from_text(modality: TextModality, value: object, limits: Limits) -> I
             empty, has too many tokens or has characters that are not allowed.
     """
     if not isinstance(value, str):
-        raise CodecError("wrong_type", f"a text is a string; received {json_type(value)}")
+        several = ": only a text with a frozen encoder may be a list of strings" if isinstance(value, list) else ""
+        raise CodecError("wrong_type", f"a text is a string; received {json_type(value)}{several}")
     if len(value) > limits.text_characters:
         raise CodecError("too_large", f"the text has {len(value)} characters, {limits.text_characters} are allowed")
     pieces = tokenize(value, modality.unit, modality.lowercase, modality.segmentation)

@@ -9,7 +9,7 @@ import onnxruntime
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from concord.model.codec.frozen import EncoderInput, Preprocessor
+from concord.model.codec.frozen import EncoderInput, Preprocessor, separated
 from concord.model.encoder import (
     MASK,
     TOKEN_TYPES,
@@ -58,7 +58,7 @@ class FrozenEncoder:
             raise ValueError(f"the graph has no output {self._output!r}, its outputs are {outputs}: correct output")
 
     def features(self, inputs: Sequence[EncoderInput]) -> Float32[np.ndarray, "row size"]:
-        """Feature vector of each row.
+        """Feature vector of each row: the mean of those of its texts, if it has several.
 
         Args:
             inputs: what the preprocessor returns. At least one.
@@ -67,11 +67,17 @@ class FrozenEncoder:
             FloatingPointError: a feature is not finite.
             ValueError: the graph's output cannot be pooled to one vector for each row.
         """
-        order = sorted(range(len(inputs)), key=lambda row: inputs[row].shape[-1])  # texts of similar length need least padding
+        values = [separated(value) for value in inputs]
+        flat = [one for several in values for one in several]
+        order = sorted(range(len(flat)), key=lambda row: flat[row].shape[-1])  # texts of similar length need least padding
         starts = range(0, len(order), self._max_rows)
-        parts = [self._run([inputs[row] for row in order[start : start + self._max_rows]]) for start in starts]
-        features = np.empty((len(inputs), parts[0].shape[1]), dtype=np.float32)
+        parts = [self._run([flat[row] for row in order[start : start + self._max_rows]]) for start in starts]
+        features = np.empty((len(flat), parts[0].shape[1]), dtype=np.float32)
         features[order] = np.concatenate(parts)
+        if len(flat) > len(values):
+            counts = np.array([len(several) for several in values])
+            sums = np.add.reduceat(features, np.cumsum(counts) - counts, axis=0)
+            features = np.asarray(sums / counts[:, None], dtype=np.float32)
         if not np.isfinite(features).all():
             raise FloatingPointError("the frozen encoder returned numbers that are not finite")
         return features

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from concord.model.codec import audio, media_types
+from concord.model.codec import MAX_TEXTS, audio, media_types
 from concord.model.codec.base64 import array_to_base64, bytes_to_base64
 from concord.model.modality import (
     AudioModality,
@@ -93,7 +93,12 @@ def _encoded(modality: EncodedModality) -> list[dict[str, Any]]:
     if modality.kind == "image":
         return _file(modality, becomes)
     excess = "longer texts are cut" if modality.too_long == "cut" else "longer texts than it reads are rejected"
-    return [{"type": "string", "minLength": 1, "description": f"A text; {becomes}, {excess}."}]
+    text = {"type": "string", "minLength": 1}
+    mean = f"Several texts of the same thing, in any order; their mean {becomes}, {excess}."
+    return [
+        {**text, "description": f"A text; {becomes}, {excess}."},
+        {"type": "array", "items": text, "minItems": 1, "maxItems": MAX_TEXTS, "description": mean},
+    ]
 
 
 def _vector(modality: VectorModality) -> list[dict[str, Any]]:

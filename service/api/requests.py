@@ -321,7 +321,7 @@ class RequestParser:
             has_features = isinstance(modality, EncodedModality) and not codec.is_input(row[modality.name])
             images += is_picture(modality) and not has_features
             if is_text(modality) and not has_features:
-                characters += len(content.decode() if isinstance(content, bytes) else content)
+                characters += _characters(content)
         if faults:
             return RejectedItem(index, name, Problem.from_faults(faults))
         return ParsedItem(index, name, row, images, characters)
@@ -399,6 +399,12 @@ def _parse_value(
     if isinstance(content, bytes):
         return np.asarray(codec.parse_bytes(modality, content, limits, preprocessor))
     return np.asarray(codec.parse(modality, content, limits, preprocessor))
+
+
+def _characters(text: object) -> int:
+    """Characters of a text that was parsed, or of a list of texts in total."""
+    texts = text if isinstance(text, list) else [text.decode() if isinstance(text, bytes) else text]
+    return sum(map(len, texts))
 
 
 def _merge_options(model: type[O], query: Sequence[tuple[str, str]], fields: dict[str, Any]) -> tuple[O, int]:

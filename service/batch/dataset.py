@@ -59,7 +59,8 @@ class BatchJob:
     bundle: Path
     columns: Mapping[str, str | tuple[str, ...]]
     """Column of each modality, or several columns of single numbers; ``codec.columns`` says what they may hold. A name that is
-    not a column may be several names with commas between them. Of several texts in a row, the first one is embedded."""
+    not a column may be several names with commas between them. Of several texts in a row, the first one is embedded;
+    with a frozen encoder, all of them are: the mean of their features."""
     targets: tuple[str, ...] = ()
     """Modalities to generate, from the mean of the posterior."""
     refine_steps: int = 0

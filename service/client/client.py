@@ -7,9 +7,9 @@
         response.matrix  # (2, latent)
 
 An item is a dict or a row of a pandas DataFrame; ``inputs`` may also be a whole DataFrame. A value of an item is a string (a
-text; or base64 or a data URL), a path or bytes (of an image or a sound), a Pillow image, samples of a sound with their
-rate, an array or anything that NumPy can convert to one (a PyTorch tensor, a pandas Series), or any JSON value that the service
-accepts. None and NaN are absent modalities.
+text; or base64 or a data URL), a list of strings (texts of the same thing, for a modality with a frozen encoder), a path or
+bytes (of an image or a sound), a Pillow image, samples of a sound with their rate, an array or anything that NumPy can convert
+to one (a PyTorch tensor, a pandas Series), or any JSON value that the service accepts. None and NaN are absent modalities.
 
 An array of one axis is a vector or attributes. An array of two or three axes is a picture, (height, width), (height, width,
 channels) or (channels, height, width), of bool, uint8, uint16 or floats in [0, 1]. The samples of a sound are (samples,) or

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 from numpy.typing import NDArray
 
-from concord.model.codec import is_input
+from concord.model.codec import count_inputs
 
 Objective = Literal["elbo", "observed"]
 StopReason = Literal["steps", "tolerance", "budget", "diverged"]
@@ -49,7 +49,7 @@ class InferenceJob:
     @property
     def runs(self) -> int:
         """Upper bound on how often this row passes through a graph."""
-        frozen = sum(is_input(array) for array in self.row.values())
+        frozen = sum(map(count_inputs, self.row.values()))
         return 1 + frozen + (self.refine.steps + 1 if self.refine.steps else 0) + len(self.targets) * self.num_samples
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from concord.client.client import Client
 from concord.model.bundle import MANIFEST, BundleError, read
+from concord.model.codec.errors import DEFAULT_LIMITS
 from concord.model.runtime import Runtime
 from concord.service.batch.dataset import BatchJob, Embedder, plan
 from concord.training.cli import app
@@ -137,9 +138,28 @@ def test_generated_features_are_accepted_as_inputs(service: Service) -> None:
         assert embedded.usage["images"] == 0
 
 
+def test_several_texts_are_embedded_as_the_mean_of_their_features(service: Service, bundle: Path) -> None:
+    texts = ["a new red cup", "a plain lamp", "fine"]
+    encoder = Runtime.load(bundle, threads=1).encoders["title"]
+    features = encoder.features([encoder.preprocessor.tokens(text, "cut", DEFAULT_LIMITS) for text in texts])
+    items = [{"title": texts}, {"title": texts[::-1]}, {"title": features.mean(axis=0).tolist()}, {"title": texts[:1]}]
+    with Client(str(service.client.base_url)) as client:
+        embedded = client.embed([*items, {"title": texts[0]}])
+        several, reverse, mean, one, single = embedded.matrix
+        generated = client.cross_generate({"title": tuple(texts)}, targets=["price"], latent="mean").results[0].generated
+    np.testing.assert_allclose(reverse, several, atol=1e-5)
+    np.testing.assert_allclose(mean, several, atol=1e-5)
+    np.testing.assert_allclose(one, single, atol=1e-5)
+    assert np.abs(several - single).max() > 1e-3
+    assert embedded.usage["text_characters"] == 2 * sum(map(len, texts)) + 2 * len(texts[0])
+    assert np.isfinite(generated["price"][0]).all()
+
+
 @pytest.mark.parametrize(
     ("item", "code", "detail"),
     [
+        ({"title": ["a cup"] * 17}, "bad_text", "17 texts, 1 to 16 are allowed"),
+        ({"title": ["x" * 6_000, "y" * 6_000]}, "too_large", "12000 characters in total, 10000 are allowed"),
         ({"photo": to_base64(b"no picture")}, "bad_image", "not a PNG, JPEG or WebP"),
         ({"photo": [1.0]}, "bad_vector", "12 are expected"),
         ({"title": "   "}, "bad_text", "is empty"),

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Float32, Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
 from concord.model.bundle.manifest import DataSource
 from concord.model.codec import check_installed
 from concord.model.encoder import EncoderFiles
-from concord.model.modality import ImageModality, Modality
+from concord.model.modality import EncodedModality, ImageModality, Modality
 from concord.training.config import Config, Data
 from concord.training.data.augmentation import augment, change_contrast, sample_contrasts, sample_variations
 from concord.training.data.columns import Column, absence
@@ -106,6 +106,7 @@ class Dataset:
             if m.name in data.random_flip or m.name in data.random_shift
         }
         self._contrasts = {m.name: data.random_contrast[m.name] for m in self.modalities if m.name in data.random_contrast}
+        self._encoded = {m.name for m in self.modalities if isinstance(m, EncodedModality)}
         self._multiple_texts = [m.name for m in self.modalities if self.columns[m.name].starts is not None]
         if rows_per_epoch is not None and rows_per_epoch > len(self):
             raise DataError(
@@ -140,19 +141,23 @@ class Dataset:
             rows, batch_size = min(rows, self.shard.smallest), batch_size // self.shard.size
         return max(1, rows // batch_size) if shuffle else -(-rows // batch_size)
 
-    def batches(self, epoch: int, batch_size: int, seed: int, start: int = 0, *, shuffle: bool = True) -> Iterator[Batch]:
+    def batches(
+        self, epoch: int, batch_size: int, seed: int, start: int = 0, *, shuffle: bool = True, average: bool | None = None
+    ) -> Iterator[Batch]:
         """Iterate over the batches of one epoch, from step ``start`` on.
 
         A pure function of its arguments: step k gives the same batch whether or not earlier steps were read. A resumed run
         therefore continues exactly. Each epoch samples the order, the partner rows, the offsets of texts, one of the texts of a
-        row, and the augmentation of images and spectrograms. Without ``shuffle``, rows take their first text and nothing is
-        augmented.
+        row, and the augmentation of images and spectrograms. Without ``shuffle``, rows take their first text, or with a frozen
+        encoder the mean of the features of all, and nothing is augmented.
 
         Args:
             epoch, seed: 0 and above.
             start: first step. At or past the end, no batch is returned.
             shuffle: True (training): rows in random order, at most ``rows_per_epoch``. False: every row once, in file order.
+            average: whether rows have the mean of the features of their texts. None: without ``shuffle``.
         """
+        average = not shuffle if average is None else average
         steps = self.steps_per_epoch(batch_size, shuffle=shuffle)
         rows = self._rows
         if shuffle:
@@ -161,10 +166,14 @@ class Dataset:
             rows, batch_size = rows[: self.shard.smallest], batch_size // self.shard.size
         table_rows = self._pair(rows, epoch, seed)
         indices = {name: table_rows[table] for name, table in self._table_index.items()}  # into the values of each modality
+        ends = {}
         for stream, name in enumerate(self._multiple_texts, start=len(table_rows) + len(self._padding)):
             starts, generator = self._starts(name), _generator(seed, epoch, stream)
             begin, end = starts[indices[name]], starts[indices[name] + 1]
-            indices[name] = generator.integers(begin, end) if shuffle else begin
+            if average and name in self._encoded:
+                indices[name], ends[name] = begin, end
+            else:
+                indices[name] = generator.integers(begin, end) if shuffle else begin
         offsets = {}
         for stream, (name, padding) in enumerate(self._padding.items(), start=len(table_rows)):
             offsets[name] = _generator(seed, epoch, stream).integers(0, padding[indices[name]] + 1)
@@ -183,6 +192,7 @@ class Dataset:
             batch = self._batch(
                 [rows[part] for rows in table_rows],
                 {name: index[part] for name, index in indices.items()},
+                {name: end[part] for name, end in ends.items()},
                 {name: offset[part] for name, offset in offsets.items()},
                 {name: variation[part] for name, variation in variations.items()},
                 {name: factors[part] for name, factors in contrasts.items()},
@@ -254,6 +264,7 @@ class Dataset:
         self,
         table_rows: list[NDArray[np.int64]],
         indices: dict[str, NDArray[np.int64]],
+        ends: dict[str, NDArray[np.int64]],
         offsets: dict[str, NDArray[np.int64]],
         variations: dict[str, NDArray[np.int64]],
         contrasts: dict[str, NDArray[np.float32]],
@@ -261,7 +272,10 @@ class Dataset:
         arrays, masks = {}, []
         for modality in self.modalities:
             column = self.columns[modality.name]
-            values = column.values[indices[modality.name]]
+            if modality.name in ends:
+                values = _means(column.values, indices[modality.name], ends[modality.name])
+            else:
+                values = column.values[indices[modality.name]]
             present = column.present[table_rows[self._table_index[modality.name]]]
             if modality.name in offsets:
                 values = _shift(values, offsets[modality.name])
@@ -428,6 +442,16 @@ class _ClassPairing:
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, stream))
+
+
+def _means(
+    values: Float32[np.ndarray, "text size"], begin: NDArray[np.int64], end: NDArray[np.int64]
+) -> Float32[np.ndarray, "row size"]:
+    """Return the mean of ``values[begin:end]`` of each row."""
+    counts = end - begin
+    firsts = np.cumsum(counts) - counts
+    chosen = np.repeat(begin - firsts, counts) + np.arange(counts.sum())
+    return np.asarray(np.add.reduceat(values[chosen], firsts, axis=0) / counts[:, None].astype(np.float32))
 
 
 def _trailing_padding(tokens: Int64[np.ndarray, "row length"]) -> Int64[np.ndarray, " row"]:

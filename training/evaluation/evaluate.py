@@ -215,7 +215,7 @@ def _posterior_means(
         labels.setdefault(name, _Rows(steps * BATCH_ROWS)).add(classes[selected])
 
     with progress.stage("embed", steps) as advance, torch.no_grad():
-        for step, batch in zip(range(steps), data.batches(0, BATCH_ROWS, 0, shuffle=shuffle), strict=False):
+        for step, batch in zip(range(steps), data.batches(0, BATCH_ROWS, 0, shuffle=shuffle, average=True), strict=False):
             classes = batch.labels if batch.labels is not None else torch.full((len(batch.present),), UNKNOWN)
             masks = [batch.present & subset for subset in subsets.values()]
             for (name, subset), q in zip(subsets.items(), model.posteriors(batch.arrays, masks), strict=True):

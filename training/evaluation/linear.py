@@ -75,7 +75,7 @@ class _Features:
         parts: dict[str, list[np.ndarray]] = {m.name: [] for m in data.modalities}
         values: dict[str, list[np.ndarray]] = {m.name: [] for m in data.modalities}
         masks: list[np.ndarray] = []
-        for batch in data.batches(0, _BATCH_ROWS, 0, shuffle=shuffle and len(data) > limit):
+        for batch in data.batches(0, _BATCH_ROWS, 0, shuffle=shuffle and len(data) > limit, average=True):
             if sum(map(len, masks)) >= limit:
                 break
             masks.append(batch.present.numpy())

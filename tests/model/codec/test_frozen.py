@@ -12,11 +12,12 @@ from PIL import Image
 from concord.model import codec
 from concord.model.codec.columns import ColumnReader
 from concord.model.codec.errors import DEFAULT_LIMITS, CodecError, Limits
-from concord.model.codec.frozen import Preprocessor, is_input
+from concord.model.codec.frozen import MAX_TEXTS, Preprocessor, count_inputs, is_input, joined, separated
 from concord.model.encoder import EncoderDescription, ImagePreprocessing, TextPreprocessing
-from concord.model.modality import EncodedModality
+from concord.model.modality import EncodedModality, TextModality
 from tests.support.encoders import WINDOW, WORDS, write_text_encoder
 
+TITLE = EncodedModality(name="title", kind="text", encoder="t", size=3, mean=(1.0, 2.0, 3.0), std=(2.0, 2.0, 2.0))
 PHOTO = EncodedModality(name="photo", kind="image", encoder="e", size=3, mean=(1.0, 2.0, 3.0), std=(2.0, 2.0, 2.0))
 
 
@@ -100,6 +101,48 @@ def test_value_may_be_the_feature_vector_itself() -> None:
     assert rendered == {"data": [3.0, 2.0, 1.0]}
 
 
+def test_several_texts_are_one_input(texts: Preprocessor) -> None:
+    tokens = codec.parse(TITLE, ["red cup", "a lamp", "new"], preprocessor=texts)
+    assert (is_input(tokens), count_inputs(tokens)) == (True, 3)
+    parts = [[WORDS[token] for token in part] for part in separated(tokens)]
+    assert parts == [["[CLS]", *words, "[SEP]"] for words in (["red", "cup"], ["a", "lamp"], ["new"])]
+    one = codec.parse(TITLE, ["red cup"], preprocessor=texts)
+    np.testing.assert_array_equal(one, codec.parse(TITLE, "red cup", preprocessor=texts))
+    assert count_inputs(one) == 1
+    assert count_inputs(np.zeros((3, 4, 4), np.uint8)) == 1
+    assert count_inputs(np.full(3, -1, np.float32)) == 0
+
+
+def test_features_of_several_texts_are_averaged() -> None:
+    features = [np.float32([1, 0, -1]), np.float32([3, 0, 0]), np.float32([2, 3, -2])]
+    np.testing.assert_array_equal(joined(features), np.float32([2, 1, -1]))
+    assert joined(features).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "pointer", "detail"),
+    [
+        ([], "bad_text", "", "0 texts, 1 to 16 are allowed: leave the modality out"),
+        (["a"] * (MAX_TEXTS + 1), "bad_text", "", "17 texts, 1 to 16 are allowed: send fewer"),
+        (["x" * 6_000, "y" * 6_000], "too_large", "", "12000 characters in total, 10000 are allowed"),
+        (["a", 3], "wrong_type", "/1", "received a number"),
+        (["a", " "], "bad_text", "/1", "the text is empty"),
+        (["red", "red " * WINDOW], "bad_text", "/1", "10 tokens, the encoder reads 8: shorten it"),
+        ([1.0, "a", 3.0], "bad_vector", "/1", "a vector holds numbers"),
+    ],
+)
+def test_invalid_list_of_texts_is_rejected(texts: Preprocessor, value: object, code: str, pointer: str, detail: str) -> None:
+    with pytest.raises(CodecError) as error:
+        codec.parse(TITLE, value, preprocessor=texts)
+    assert (error.value.code, error.value.pointer) == (code, pointer)
+    assert detail in error.value.detail
+
+
+def test_list_of_texts_without_encoder_is_rejected() -> None:
+    with pytest.raises(CodecError, match="received a list: only a text with a frozen encoder may be a list"):
+        codec.parse(TextModality(name="word", length=5), ["a", "b"])
+
+
 def test_picture_may_be_base64_a_data_url_or_an_object() -> None:
     content = png(np.full((5, 5, 3), 7, np.uint8))
     encoded = base64.b64encode(content).decode()
@@ -124,6 +167,9 @@ def test_cells_hold_inputs_of_the_encoder(texts: Preprocessor, tmp_path: Path) -
     title = EncodedModality(name="title", kind="text", encoder="t", size=3)
     cells = list(ColumnReader(title, ("title",), preprocessor=texts).cells([pyarrow.array([["red", "blue"], [], None])]))
     assert [len(cell.values) for cell in cells] == [2, 0, 0]
+    joining = ColumnReader(title, ("title",), preprocessor=texts, all_texts=False)
+    (cell,) = joining.cells([pyarrow.array([["red", None, " ", *["blue"] * MAX_TEXTS]])])
+    assert [count_inputs(value) for value in cell.values] == [1 + MAX_TEXTS], "a row may have more texts than a request"
 
 
 def test_encoder_of_texts_without_or_with_a_damaged_tokenizer_is_rejected() -> None:

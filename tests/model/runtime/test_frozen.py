@@ -54,6 +54,20 @@ def test_rows_keep_their_order_and_padding_has_no_effect(tmp_path: Path) -> None
         np.testing.assert_allclose(encoder.features([one])[0], together[row], rtol=1e-5, atol=1e-6)
 
 
+def test_feature_of_several_texts_is_the_mean_of_theirs_in_any_order(tmp_path: Path) -> None:
+    encoder = opened(write_text_encoder(tmp_path))
+    texts = ["red cup", "a fine new lamp", "plate", "blue", "green chair"]
+    features = encoder.features([tokens(encoder, text) for text in texts])
+    several = [encoder.preprocessor.texts(list(order), "cut", DEFAULT_LIMITS) for order in (texts, texts[::-1], texts[:2])]
+    one = tokens(encoder, "red cup")
+    found = encoder.features([one, *several])
+    np.testing.assert_allclose(found[1], features.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[3], features[:2].mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[0], features[0], rtol=1e-5, atol=1e-6)
+    assert np.linalg.norm(found[1]) < 0.99, "the mean of normalised features is not normalised again"
+
+
 def test_pixels_are_normalised_as_described(tmp_path: Path) -> None:
     graph = write_image_encoder(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE)).astype(np.uint8)

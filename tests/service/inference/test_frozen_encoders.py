@@ -78,6 +78,15 @@ def test_input_and_its_features_have_the_same_result(runtime: Runtime) -> None:
         np.testing.assert_allclose(mean(as_input), mean(as_features), rtol=1e-5, atol=1e-6)
 
 
+def test_several_texts_have_the_result_of_their_mean(runtime: Runtime) -> None:
+    preprocessor, texts = runtime.preprocessors["title"], ["a red cup", "a lamp", "new"]
+    features = runtime.features("title", [preprocessor.tokens(text, "cut", DEFAULT_LIMITS) for text in texts])
+    as_texts, as_mean = run(
+        runtime, {"title": preprocessor.texts(texts, "cut", DEFAULT_LIMITS)}, {"title": features.mean(axis=0)}
+    )
+    np.testing.assert_allclose(mean(as_texts), mean(as_mean), rtol=1e-5, atol=1e-6)
+
+
 def test_error_of_an_encoder_is_contained_to_its_row(runtime: Runtime, calls: list[int]) -> None:
     rows = run(
         runtime, {"photo": picture(1)}, {"photo": picture(255)}, {"photo": picture(2)}, {"price": np.zeros(1, np.float32)}
@@ -90,6 +99,8 @@ def test_error_of_an_encoder_is_contained_to_its_row(runtime: Runtime, calls: li
 def test_runs_count_frozen_encoders(runtime: Runtime) -> None:
     assert InferenceJob({"photo": picture(1), "price": np.zeros(1, np.float32)}, 0, 0).runs == 2
     assert InferenceJob({"word": np.zeros(3, np.int64)}, 0, 0).runs == 1
+    titles = runtime.preprocessors["title"].texts(["a red cup", "a lamp", "new"], "cut", DEFAULT_LIMITS)
+    assert InferenceJob({"title": titles}, 0, 0).runs == 4
     runtime.warm_up(2)
     assert runtime.replay_golden() <= 1e-4
     assert {"encoder-photos.onnx", "encoder-texts.onnx"} < set(runtime.nodes_by_provider())

@@ -2,6 +2,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concord.model import codec
-from concord.model.modality import ImageModality, TextModality, VectorModality
+from concord.model.modality import EncodedModality, ImageModality, TextModality, VectorModality
 from concord.training import config_file
 from concord.training.config import Config, Data, Objective, Source
 from concord.training.data import dataset
 from concord.training.errors import DataError
+from tests.support.encoders import write_text_encoder
 
 FIRST = VectorModality(name="first", size=2, mean=(0.0, 0.0), std=(1.0, 1.0))
 SECOND = VectorModality(name="second", size=2, mean=(0.0, 0.0), std=(1.0, 1.0))
@@ -369,6 +371,30 @@ def test_configured_class_names_replace_those_of_the_sources(tmp_path: Path) -> 
     (batch,) = rows.batches(0, 3, 0, shuffle=False)
     assert [text(tokens).strip() for tokens in batch.arrays["word"]] == CLASSES
     assert rows.class_names == tuple(CLASSES)
+
+
+def test_rows_of_several_texts_have_the_mean_of_their_features_outside_of_training(tmp_path: Path) -> None:
+    texts = [["red cup", "a lamp", "blue"], ["plain chair"], None, ["new plate", "fine"]]
+    datasets.Dataset.from_dict({"texts": texts, "one": [[0.0, 1.0], [1.0, 0.0]] * 2}).to_parquet(tmp_path / "rows.parquet")
+    encoder = write_text_encoder(tmp_path / "encoder").parent
+    title = EncodedModality(name="title", kind="text", encoder=str(encoder))
+    source = Source(train="rows.parquet", test="rows.parquet", columns={"first": "one", "title": "texts"}, licence="CC0")
+    data = Data(pairing="row", sources=(source,), cache=tmp_path / "cache")
+    rows = dataset.load(Config(name="rows", modalities=(FIRST, title), data=data), "train", tmp_path)
+    column = rows.columns["title"]
+    assert column.starts is not None
+    means = np.stack([column.values[start:end].mean(axis=0) for start, end in pairwise(column.starts)])
+    (batch,) = rows.batches(0, 4, 0, shuffle=False)
+    np.testing.assert_allclose(batch.arrays["title"], means, atol=1e-6)
+    assert batch.present[:, 1].tolist() == [True, True, False, True]
+    (part,) = itertools.islice(rows.batches(0, 3, 0, start=1, shuffle=False), 1)
+    np.testing.assert_allclose(part.arrays["title"], means[3:], atol=1e-6)
+    (shuffled,) = rows.batches(0, 4, 0, average=True)
+    assert sorted(shuffled.arrays["title"][:, 0].tolist()) == pytest.approx(sorted(means[:, 0].tolist()), abs=1e-6)
+    epochs = [batch.arrays["title"].tolist() for epoch in range(20) for batch in rows.batches(epoch, 4, 0)]
+    assert {tuple(row) for epoch in epochs for row in epoch} == {tuple(row) for row in column.values.tolist()}, (
+        "each epoch of training samples one text"
+    )
 
 
 def test_vectors_are_standardised_with_training_statistics(tmp_path: Path) -> None:
