@@ -24,7 +24,7 @@ from itertools import pairwise
 
 import numpy as np
 import regex
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64, Shaped
 
 from concord.model.codec.errors import CodecError, Limits, json_type
 from concord.model.modality import FIRST_WORD, Segmentation, TextModality
@@ -92,13 +92,15 @@ def tokens_from_text(modality: TextModality, value: object, limits: Limits) -> I
     return tokens
 
 
-def text_from_array(modality: TextModality, array: Float32[np.ndarray, "length token"]) -> str:
+def text_from_array(modality: TextModality, array: Shaped[np.ndarray, "length ..."]) -> str:
     """The text of the most likely token at each position. With the ``shifted`` likelihood the tokens are first rotated so that
     the text starts after its longest run of padding.
 
     Args:
-        array: log-probabilities.
+        array: log-probabilities (length, token), or token ids (length,) of a text with the ``autoregressive`` likelihood.
     """
+    if modality.likelihood == "autoregressive":
+        return text_from_tokens(modality, array)
     if modality.unknown_token is not None:
         array = np.where(np.arange(modality.categories) == modality.unknown_token, -np.inf, array)
     tokens = array.argmax(axis=-1)
