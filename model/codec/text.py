@@ -93,18 +93,23 @@ def tokens_from_text(modality: TextModality, value: object, limits: Limits) -> I
 
 
 def text_from_array(modality: TextModality, array: Shaped[np.ndarray, "length ..."]) -> str:
-    """The text of the most likely token at each position. With the ``shifted`` likelihood the tokens are first rotated so that
-    the text starts after its longest run of padding.
+    """The text of what a decoder returns, see ``tokens_from_array``."""
+    return text_from_tokens(modality, tokens_from_array(modality, array))
+
+
+def tokens_from_array(modality: TextModality, array: Shaped[np.ndarray, "length ..."]) -> Int64[np.ndarray, " length"]:
+    """The most likely token at each position. With the ``shifted`` likelihood the tokens are rotated so that the text starts
+    after its longest run of padding.
 
     Args:
         array: log-probabilities (length, token), or token ids (length,) of a text with the ``autoregressive`` likelihood.
     """
     if modality.likelihood == "autoregressive":
-        return text_from_tokens(modality, array)
+        return array
     if modality.unknown_token is not None:
         array = np.where(np.arange(modality.categories) == modality.unknown_token, -np.inf, array)
     tokens = array.argmax(axis=-1)
-    return text_from_tokens(modality, _rotate_to_start(tokens) if modality.likelihood == "shifted" else tokens)
+    return _rotate_to_start(tokens) if modality.likelihood == "shifted" else tokens
 
 
 def text_from_tokens(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> str:

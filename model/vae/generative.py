@@ -99,6 +99,12 @@ class Generative(nn.Module):
         """Return log p(x_m | z) of every modality in nats, without weights. Entries of absent modalities are meaningless."""
         return torch.stack([self._log_likelihood(m, arrays[m.name], z) for m in self.modalities], dim=-1)
 
+    def text_log_likelihood(
+        self, name: str, tokens: Int64[Tensor, "batch length"], z: Float[Tensor, "batch latent"]
+    ) -> Float[Tensor, " batch"]:
+        """Return log p(tokens | z) of the text modality ``name`` in nats, without weight."""
+        return self._log_likelihood(self._modality(name), tokens, z.unsqueeze(1))[:, 0]
+
     def weighted_log_likelihood(
         self, arrays: Arrays, present: Bool[Tensor, "batch modality"], z: Float[Tensor, "batch sample latent"]
     ) -> Float[Tensor, "batch sample"]:
