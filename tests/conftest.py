@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MakeVAE = Callable[..., "MultimodalVAE"]
 MakeRows = Callable[..., dict[str, "Tensor"]]
-SLOW_FIXTURES = {"tiny_bundle", "traced_step"}
+SLOW_FIXTURES = {"tiny_bundle", "sentence_bundle", "traced_step"}
 """Fixtures that trace a model, which takes seconds. Tests that use them are marked as slow."""
 
 
@@ -123,3 +123,44 @@ def tiny_bundle(
     path = tmp_path_factory.mktemp("bundles") / "tiny"
     examples = make_rows(tiny_vae.modalities, 15)
     return export_bundle(tiny_vae, path, facts=tiny_facts, samples=2, horizon=3, examples=examples, card="# tiny\n")
+
+
+@pytest.fixture(scope="session")
+def sentence_modalities() -> tuple[Modality, ...]:
+    """An image, and two texts with the autoregressive likelihood: one of words, one of characters."""
+    words = ("a", "red", "blue", "bird", "with")
+    return (
+        ImageModality(name="image", channels=1, height=8, width=8),
+        TextModality(name="caption", length=7, unit="word", vocabulary=words, likelihood="autoregressive"),
+        TextModality(name="code", length=5, alphabet=" xyz", likelihood="autoregressive"),
+    )
+
+
+@pytest.fixture(scope="session")
+def sentence_vae(sentence_modalities: tuple[Modality, ...], make_vae: MakeVAE) -> "MultimodalVAE":
+    return make_vae(sentence_modalities)
+
+
+@pytest.fixture(scope="session")
+def sentence_rows(sentence_modalities: tuple[Modality, ...], make_rows: MakeRows) -> dict[str, "Tensor"]:
+    """Complete rows, with captions of each length."""
+    import torch
+
+    arrays = make_rows(sentence_modalities, 14)
+    lengths = 1 + torch.arange(14).unsqueeze(1) % 7
+    arrays["caption"] = torch.where(torch.arange(7) < lengths, arrays["caption"].clamp(min=1), 0)
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def sentence_bundle(
+    sentence_vae: "MultimodalVAE",
+    sentence_rows: dict[str, "Tensor"],
+    tiny_facts: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> bundle.Bundle:
+    """``sentence_vae`` as a bundle on disk, with two noise samples."""
+    from concord.model.vae.export import export_bundle
+
+    path, facts = tmp_path_factory.mktemp("bundles") / "sentences", {**tiny_facts, "name": "sentences"}
+    return export_bundle(sentence_vae, path, facts=facts, samples=2, horizon=3, examples=sentence_rows, card="# sentences\n")

@@ -429,6 +429,9 @@ def _print_figures(figures: dict[str, Any]) -> None:
     for name, shares in figures.get("coverage", {}).items():
         covered = ", ".join(f"{share:.3f} in its {float(level):.0%} interval" for level, share in shares.items())
         console.print(f"refined posterior by that of {name}: {covered}", markup=False)
+    for target, sources in figures.get("texts", {}).items():
+        for source, values in sources.items():
+            console.print(f"{target} from {source}: {_text_scores(values)}", markup=False)
     cost = figures["training"]
     memory = f"{cost['peak_memory_bytes'] / 2**20:.0f} MiB"
     console.print(f"training: {cost['seconds']:.0f} s, peak memory of the process: {memory}")
@@ -454,6 +457,18 @@ def _cross_modal_lines(figures: dict[str, Any]) -> Iterator[str]:
                 name = "logistic regression" if kind == "classes" else "ridge regression"
                 other = baseline(kind, target, source, metric, name)
                 yield f"{target} from {source}, {values['rows']:,} rows: {_scores(kind, values)}{other}"
+
+
+def _text_scores(values: dict[str, Any]) -> str:
+    parts = []
+    if "rows" in values:
+        known = (
+            "none has two tokens" if values["known_pairs"] is None else f"{values['known_pairs']:.3f} of pairs of tokens known"
+        )
+        parts.append(f"{values['rows']:,} texts, {known}, {values['distinct']:.3f} distinct")
+    if "nats" in values:
+        parts.append(f"{values['nats']:.2f} nats a token, {values['nats_shuffled']:.2f} with the z of another row")
+    return "; ".join(parts)
 
 
 def _scores(kind: str, values: dict[str, Any]) -> str:

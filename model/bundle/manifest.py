@@ -16,7 +16,7 @@ from concord.model.modality import (
     TextModality,
 )
 
-FORMAT = 5
+FORMAT = 6
 """The newest format that can be read. A bundle is written in the oldest format that can describe it, see ``oldest_format``:
 
 - 1: images of 1 or 3 channels, texts of characters, vectors, binary attributes.
@@ -24,6 +24,7 @@ FORMAT = 5
 - 3: adds a sample graph, for posterior samples that are not Gaussian.
 - 4: adds words by Unicode's rules, modalities with the name of a value of the graphs, and more than eight modalities.
 - 5: adds frozen encoders of images and texts, and audio.
+- 6: adds texts with the autoregressive likelihood, whose decode graph is that of one token.
 """
 GRAPH_VALUES = frozenset(
     {"present", "mean", "log_var", "anchor_mean", "anchor_log_var", "noise", "next_mean", "next_log_var", "objective"}
@@ -142,6 +143,8 @@ def _oldest_format_of(modality: Modality) -> int:
     if isinstance(modality, ImageModality):
         return 1 if modality.in_files else 2
     if isinstance(modality, TextModality):
+        if modality.likelihood == "autoregressive":
+            return 6
         if modality.unit == "word" and modality.segmentation == "unicode":
             return 4
         basic = modality.unit == "character" and modality.likelihood == "categorical" and modality.too_long == "refuse"

@@ -178,8 +178,9 @@ def render(
     """JSON value of one row of ``Runtime.decode``'s output.
 
     Args:
-        array: image (channels, height, width) and audio (1, mels, frames) in [0, 1]; text (length, token) log-probabilities;
-            vector (size,), standardised; binary (size,) and categorical (class,) probabilities.
+        array: image (channels, height, width) and audio (1, mels, frames) in [0, 1]; text (length, token) log-probabilities,
+            or (length,) token ids with the ``autoregressive`` likelihood; vector (size,), standardised; binary (size,) and
+            categorical (class,) probabilities.
         image_format: ``png`` and ``webp`` are lossless with 8 bits per channel; ``raw`` is the array as little-endian float32
             in base64. Images that do not have 1 or 3 channels are always ``raw``.
         audio_format: ``wav`` is a mono file with 16 bits; ``raw`` is the spectrogram as little-endian float32 in base64.

@@ -24,7 +24,7 @@ from itertools import pairwise
 
 import numpy as np
 import regex
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64, Shaped
 
 from concord.model.codec.errors import CodecError, Limits, json_type
 from concord.model.modality import FIRST_WORD, Segmentation, TextModality
@@ -93,17 +93,24 @@ def tokens_from_text(modality: TextModality, value: object, limits: Limits) -> I
     return tokens
 
 
-def text_from_array(modality: TextModality, array: Float32[np.ndarray, "length token"]) -> str:
-    """The text of the most likely token at each position. With the ``shifted`` likelihood the tokens are first rotated so that
-    the text starts after its longest run of padding.
+def text_from_array(modality: TextModality, array: Shaped[np.ndarray, "length ..."]) -> str:
+    """The text of what a decoder returns, see ``tokens_from_array``."""
+    return text_from_tokens(modality, tokens_from_array(modality, array))
+
+
+def tokens_from_array(modality: TextModality, array: Shaped[np.ndarray, "length ..."]) -> Int64[np.ndarray, " length"]:
+    """The most likely token at each position. With the ``shifted`` likelihood the tokens are rotated so that the text starts
+    after its longest run of padding.
 
     Args:
-        array: log-probabilities.
+        array: log-probabilities (length, token), or token ids (length,) of a text with the ``autoregressive`` likelihood.
     """
+    if modality.likelihood == "autoregressive":
+        return array
     if modality.unknown_token is not None:
         array = np.where(np.arange(modality.categories) == modality.unknown_token, -np.inf, array)
     tokens = array.argmax(axis=-1)
-    return text_from_tokens(modality, _rotate_to_start(tokens) if modality.likelihood == "shifted" else tokens)
+    return _rotate_to_start(tokens) if modality.likelihood == "shifted" else tokens
 
 
 def text_from_tokens(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> str:

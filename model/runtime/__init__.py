@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from jaxtyping import Bool, Float32, Shaped
+from jaxtyping import Bool, Float32, Int64, Shaped
 from numpy.typing import NDArray
 
 from concord.model import bundle, codec
 from concord.model.bundle.manifest import graph_input
 from concord.model.codec import Preprocessor, standardise
 from concord.model.codec.frozen import EncoderInput
-from concord.model.modality import EncodedModality, Modality
+from concord.model.modality import EncodedModality, Modality, TextModality
 from concord.model.runtime.bound_run import can_capture
 from concord.model.runtime.branch_absent import branch_absent
 from concord.model.runtime.device import CudaError, Device, choose_device
@@ -25,6 +25,7 @@ from concord.model.runtime.fixed_batches import FixedBatches, batch_sizes
 from concord.model.runtime.frozen import CPU_ROWS, GPU_ROWS, FrozenEncoder
 from concord.model.runtime.refinement_table import POSTERIOR, RESULT, SLOTS, RefinementTable, table, with_tables
 from concord.model.runtime.skip_absent import skip_absent
+from concord.model.token_sampling import NextToken, sample_tokens, token_log_probabilities
 
 VERSION: str = onnxruntime.__version__
 """Version of ONNX Runtime."""
@@ -74,6 +75,9 @@ class Runtime:
             raise bundle.BundleError(f"{opened.path}: {error}") from error
         self.bundle = opened
         self.modalities: tuple[Modality, ...] = tuple(manifest.modalities)
+        self._sequences = {
+            m.name: m for m in self.modalities if isinstance(m, TextModality) and m.likelihood == "autoregressive"
+        }
         self.latent = manifest.latent
         self.noise_samples = manifest.refinement.samples
         self.device = choose_device(device, memory_mb=gpu_memory_mb, tf32=tf32, graphs=cuda_graphs)
@@ -197,9 +201,36 @@ class Runtime:
 
         Returns:
             image (batch, channels, height, width) in [0, 1]; vector (batch, size), standardised; probabilities of attributes
-            (batch, size) or classes (batch, class); log-probabilities of text tokens (batch, length, token).
+            (batch, size) or classes (batch, class); log-probabilities of text tokens (batch, length, token); with the
+            ``autoregressive`` likelihood ids of text tokens (batch, length), each the most likely one.
         """
+        if modality in self._sequences:
+            zeros = np.zeros(len(z), np.float32)
+            return self.sample_text(modality, z, np.zeros((len(z), self._sequences[modality].length), np.float32), zeros, zeros)
         return np.asarray(self._decode[modality].run(["value"], {"z": z})[0])
+
+    def sample_text(
+        self,
+        modality: str,
+        z: Float32[np.ndarray, "batch latent"],
+        noise: Float32[np.ndarray, "batch length"],
+        temperature: Float32[np.ndarray, " batch"],
+        top_p: Float32[np.ndarray, " batch"],
+    ) -> Int64[np.ndarray, "batch length"]:
+        """Token ids of one text for each z. The modality is one of ``autoregressive``.
+
+        Args:
+            noise, temperature, top_p: as ``token_sampling.sample_tokens``.
+
+        Raises:
+            FloatingPointError: the decoder returned NaN.
+        """
+        return sample_tokens(self._sequences[modality], self._next_token(modality, z), noise, temperature, top_p)
+
+    @property
+    def autoregressive(self) -> Mapping[str, TextModality]:
+        """Texts with the autoregressive likelihood, by name."""
+        return self._sequences
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -278,7 +309,7 @@ class Runtime:
             "next_log_var": refined.log_var,
             "objective": objective,
             **({"drawn": self.sample(start, golden["noise"][:, 0])} if "drawn" in golden else {}),
-            **{f"value.{m.name}": self.decode(m.name, golden["mean"]) for m in self.modalities},
+            **{f"value.{m.name}": self._golden_value(m.name, golden) for m in self.modalities},
             **self._golden_features(golden),
         }
         differences = [
@@ -292,6 +323,26 @@ class Runtime:
                 "Use the versions of ONNX Runtime and concord that exported the bundle, or export it again"
             )
         return difference
+
+    def _next_token(self, modality: str, z: Float32[np.ndarray, "batch latent"]) -> NextToken:
+        """The graph of one token, with its state."""
+        graph, state = self._decode[modality], np.zeros((len(z), *self._state_shapes[modality]), np.float32)
+
+        def next_token(previous: NDArray[Any], position: int) -> NDArray[Any]:
+            nonlocal state
+            feed = {"z": z, "token": previous, "position": np.full(len(z), position, np.int64), "state": state}
+            scores, state = graph.run(["log_probabilities", "next_state"], feed)
+            return np.asarray(scores)
+
+        return next_token
+
+    def _golden_value(self, modality: str, golden: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """What the golden examples have as ``value.<modality>``."""
+        if modality not in self._sequences:
+            return self.decode(modality, golden["mean"])
+        return token_log_probabilities(
+            self._sequences[modality], self._next_token(modality, golden["mean"]), golden[f"input.{modality}"]
+        )
 
     @property
     def _encoded(self) -> list[EncodedModality]:
@@ -333,6 +384,10 @@ class Runtime:
         )
         self._sample = self._open_graph(graphs.draw, options) if graphs.draw else None
         self._decode = {name: self._open_graph(file, options) for name, file in graphs.decode.items()}
+        self._state_shapes = {
+            name: next(value.shape[1:] for value in self._sessions[graphs.decode[name]].get_inputs() if value.name == "state")
+            for name in self._sequences
+        }
         shared = {m.encoder: self._open_encoder(m.encoder, options) for m in self._encoded}
         self.encoders = {m.name: shared[m.encoder] for m in self._encoded}
 

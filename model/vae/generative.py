@@ -3,15 +3,19 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from concord.model.modality import Modality, resolve_weights
+from concord.model.modality import Modality, TextModality, resolve_weights
+from concord.model.token_sampling import sample_tokens
 from concord.model.vae.gaussian import Gaussian, kl, sample
 from concord.model.vae.likelihood import expectation, log_likelihood
 from concord.model.vae.masked import is_tracing, run_present
 from concord.model.vae.networks import ModalityModules, WordsDecoder, decoder, initialise
+from concord.model.vae.sequence_decoder import SequenceDecoder
 
 Arrays = Mapping[str, Shaped[Tensor, "batch ..."]]
 
@@ -47,16 +51,59 @@ class Generative(nn.Module):
         for network in self.decoders.values():
             initialise(network)
 
-    def decode(self, name: str, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch ..."]:
-        """Return the expected value of the modality ``name`` given z, see ``likelihood.expectation``."""
-        modality = next(m for m in self.modalities if m.name == name)
+    def decode(self, name: str, z: Float[Tensor, "batch latent"]) -> Shaped[Tensor, "batch ..."]:
+        """Return the expected value of the modality ``name`` given z, see ``likelihood.expectation``.
+
+        Of a text with the autoregressive likelihood: token ids (batch, length), each the most likely one.
+        """
+        modality = self._modality(name)
+        if isinstance(self.decoders[name], SequenceDecoder):
+            return self.sample_text(name, z, torch.zeros(len(z), *modality.shape), temperature=0.0)
         return expectation(modality, self.decoders[name](z).float())
+
+    def sample_text(
+        self,
+        name: str,
+        z: Float[Tensor, "batch latent"],
+        noise: Float[Tensor, "batch length"],
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Int64[Tensor, "batch length"]:
+        """Return token ids of one text for each z, from a text modality with the autoregressive likelihood.
+
+        Args:
+            noise, temperature, top_p: as ``token_sampling.sample_tokens``, one temperature and top-p for all rows.
+        """
+        network, modality = self.decoders[name], self._modality(name)
+        assert isinstance(network, SequenceDecoder)
+        assert isinstance(modality, TextModality)
+        state = z.new_zeros(len(z), *network.state_shape)
+
+        def next_token(previous: NDArray[np.int64], position: int) -> NDArray[np.float32]:
+            nonlocal state
+            token = torch.from_numpy(previous).to(z.device)
+            scores, state = network.step(z, token, torch.full_like(token, position), state)
+            return scores.float().cpu().numpy()
+
+        options = (np.full(len(z), value, np.float32) for value in (temperature, top_p))
+        with torch.no_grad():
+            return torch.from_numpy(sample_tokens(modality, next_token, noise.cpu().numpy(), *options)).to(z.device)
+
+    def _modality(self, name: str) -> Modality:
+        return next(m for m in self.modalities if m.name == name)
 
     def log_likelihoods(
         self, arrays: Arrays, z: Float[Tensor, "batch sample latent"]
     ) -> Float[Tensor, "batch sample modality"]:
         """Return log p(x_m | z) of every modality in nats, without weights. Entries of absent modalities are meaningless."""
         return torch.stack([self._log_likelihood(m, arrays[m.name], z) for m in self.modalities], dim=-1)
+
+    def text_log_likelihood(
+        self, name: str, tokens: Int64[Tensor, "batch length"], z: Float[Tensor, "batch latent"]
+    ) -> Float[Tensor, " batch"]:
+        """Return log p(tokens | z) of the text modality ``name`` in nats, without weight."""
+        return self._log_likelihood(self._modality(name), tokens, z.unsqueeze(1))[:, 0]
 
     def weighted_log_likelihood(
         self, arrays: Arrays, present: Bool[Tensor, "batch modality"], z: Float[Tensor, "batch sample latent"]
@@ -74,6 +121,8 @@ class Generative(nn.Module):
         batch, samples = z.shape[:2]
         flat, x = z.flatten(0, 1), x.repeat_interleave(samples, dim=0)
         network = self.decoders[modality.name]
+        if isinstance(network, SequenceDecoder):
+            return network.log_likelihood(flat, x).view(batch, samples)
         if isinstance(network, WordsDecoder) and modality.likelihood == "categorical" and not is_tracing(z):
             return network.log_likelihood(flat, x).view(batch, samples)
         return log_likelihood(modality, network(flat).float(), x).view(batch, samples)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from concord.model.modality import AudioModality, CategoricalModality, ImageModality, Modality, TextModality
 from concord.model.vae.masked import is_tracing
+from concord.model.vae.sequence_decoder import SequenceDecoder
 from concord.model.vae.token_likelihood import token_log_likelihood
 
 SILU_GAIN = 1.7  # 1 / sqrt(E[SiLU(x)^2]) for standard normal x, rounded: keeps the variance of signals from layer to layer
@@ -79,7 +80,7 @@ def encoder(modality: Modality, features: int, width: int, *, shallow: bool = Fa
 
 def decoder(modality: Modality, latent: int, hidden: int, width: int) -> nn.Module:
     """Decoder of a modality: network from z (batch, latent) to the raw output of ``likelihood``, (batch, *shape), for text and
-    classes (batch, *shape, category).
+    classes (batch, *shape, category). Of a text with the autoregressive likelihood: a ``SequenceDecoder``.
 
     Args:
         latent: size of z.
@@ -89,6 +90,8 @@ def decoder(modality: Modality, latent: int, hidden: int, width: int) -> nn.Modu
     if isinstance(modality, ImageModality | AudioModality):
         return _ImageDecoder(modality, latent, hidden, width)
     shape = modality.shape
+    if isinstance(modality, TextModality) and modality.likelihood == "autoregressive":
+        return SequenceDecoder(modality, latent, hidden)
     if isinstance(modality, TextModality) and modality.unit == "word":
         return WordsDecoder(
             nn.Linear(latent, hidden),
@@ -111,11 +114,15 @@ def initialise(network: nn.Module, last: float = 1.0) -> None:
     """Initialise all weights with normal samples that keep the standard deviation of signals from layer to layer. Biases are 0.
 
     PyTorch's default shrinks signals by half or more in each layer that a SiLU follows. A decoder that starts with outputs this
-    small learns to ignore z before z carries information, and the model does not recover.
+    small learns to ignore z before z carries information, and the model does not recover. A
+    ``SequenceDecoder`` initialises itself.
 
     Args:
         last: standard deviation of the last layer's output.
     """
+    if isinstance(network, SequenceDecoder):
+        network.initialise()
+        return
     layers = [m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
     for layer in layers:
         # A transposed convolution with kernel 4 and stride 2 sums 2 x 2 positions in each output.

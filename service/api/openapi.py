@@ -82,7 +82,8 @@ def _describe_call(
         names = {"enum": [m.name for m in modalities]}
         body["properties"]["targets"]["anyOf"][0].update(items=names, uniqueItems=True, maxItems=len(modalities))
     query = _query_options(body["properties"], schemas)
-    for component in (body, schemas["RefineOptions"], *([schemas["OutputOptions"]] if options is GenerateOptions else [])):
+    nested = [schemas["OutputOptions"], schemas["TextOptions"]] if options is GenerateOptions else []
+    for component in (body, schemas["RefineOptions"], *nested):
         component["properties"] = _or_null(component["properties"])
     name = options.__name__
     schemas[name] = {**body, "properties": dict(body["properties"])}

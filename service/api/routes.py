@@ -72,6 +72,8 @@ async def cross_generate(request: Request) -> Response:
                 num_samples=options.num_samples,
                 latent=options.latent,
                 temperature=options.temperature,
+                text_temperature=options.text.temperature,
+                top_p=options.text.top_p,
             )
             for item in parsed.accepted
         ]

@@ -44,6 +44,13 @@ class OutputOptions(_Options):
     text: Literal["string"] = "string"
 
 
+class TextOptions(_Options):
+    """How the words of generated sentences are chosen. No effect on texts whose tokens the model generates independently."""
+
+    temperature: float = Field(0.0, ge=0, le=10, description="0 takes the most likely word; 1 samples from the distribution.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample only the most likely words whose probabilities sum up to this.")
+
+
 class CallOptions(_Options):
     """Options of both endpoints."""
 
@@ -71,6 +78,7 @@ class GenerateOptions(CallOptions):
     num_samples: Positive = Field(1, description="Values of each target.")
     latent: Literal["sample", "mean"] = Field("sample", description="Decode samples of the posterior, or its mean.")
     temperature: float = Field(1.0, ge=0, le=10, description="Scales how far samples lie from the posterior's mean.")
+    text: TextOptions = Field(default_factory=TextOptions)
     output: OutputOptions = Field(default_factory=OutputOptions)
     return_embedding: bool = False
 

@@ -23,6 +23,13 @@ class Refine(TypedDict, total=False):
     trace: bool
 
 
+class TextSampling(TypedDict, total=False):
+    """As in the service's API."""
+
+    temperature: float
+    top_p: float
+
+
 class CallOptions(TypedDict, total=False):
     """As in the service's API; and ``timeout`` in seconds, which replaces the client's."""
 
@@ -43,6 +50,7 @@ class GenerateOptions(CallOptions, total=False):
     num_samples: int
     latent: Literal["sample", "mean"]
     temperature: float
+    text: TextSampling
     image: Literal["png", "webp", "raw"]
     audio: Literal["wav", "raw"]
     spectrogram: bool

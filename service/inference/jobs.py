@@ -45,6 +45,10 @@ class InferenceJob:
     latent: Literal["sample", "mean"] = "sample"
     temperature: float = 1.0
     """Multiplies the standard deviation of the samples that targets are generated from, not of the sampled embedding."""
+    text_temperature: float = 0.0
+    """Of the tokens of texts with the autoregressive likelihood. 0 takes the most likely one."""
+    top_p: float = 1.0
+    """Share of the probability of a token that is sampled."""
 
     @property
     def runs(self) -> int:

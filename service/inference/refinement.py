@@ -6,6 +6,7 @@ from math import isfinite
 import numpy as np
 from jaxtyping import Float32
 
+from concord.model.modality import MAX_MODALITIES
 from concord.service.inference.jobs import Objective, RefinementLimits, RefinementResult, StopReason
 
 
@@ -17,10 +18,24 @@ class Stream(IntEnum):
     EMBED = 2
 
 
+_TOKENS = 2**63
+"""Keys from here on are those of ``token_noise``."""
+
+
 def noise(seed: int, index: int, stream: Stream, count: int, latent: int) -> Float32[np.ndarray, "count latent"]:
     """Standard normal numbers of row ``index`` in a request with ``seed``; other rows of the batch have no influence."""
     key = np.array([seed % 2**64, index * len(Stream) + stream], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).standard_normal((count, latent), dtype=np.float32)
+
+
+def token_noise(seed: int, index: int, modality: int, count: int, length: int) -> Float32[np.ndarray, "count length"]:
+    """Uniform numbers in [0, 1) for the tokens of ``count`` texts of one modality, as ``noise`` independent of other rows.
+
+    Args:
+        modality: its position in the bundle.
+    """
+    key = np.array([seed % 2**64, _TOKENS + index * MAX_MODALITIES + modality], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random((count, length), dtype=np.float32)
 
 
 def antithetic(half: Float32[np.ndarray, "half latent"], count: int) -> Float32[np.ndarray, "count latent"]:

@@ -15,7 +15,7 @@ from concord.model.modality import collate
 from concord.model.runtime import Posterior, Runtime
 from concord.model.runtime.device import DeviceLostError, ErrorKind, classify
 from concord.service.inference.jobs import InferenceJob, InferenceResult, RefinementResult
-from concord.service.inference.refinement import RefinementState, Stream, antithetic, noise
+from concord.service.inference.refinement import RefinementState, Stream, antithetic, noise, token_noise
 
 RECOVERY_SECONDS = 60.0
 TICK_SECONDS = 0.002
@@ -322,18 +322,35 @@ class Scheduler:
         for row, z in zip(embedding, samples, strict=False):
             row.sample = z[0]
         zs = samples[len(embedding) :]
-        for modality in self._runtime.modalities:
+        for number, modality in enumerate(self._runtime.modalities):
             chosen = [index for index, row in enumerate(decoding) if modality.name in row.job.targets]
             if not chosen:
                 continue
             z = np.concatenate([zs[index] for index in chosen])
-            values = self._run_in_parts(partial(self._runtime.decode, modality.name), z)
+            if modality.name in self._runtime.autoregressive:
+                values = self._generate_texts(modality.name, number, [decoding[index].job for index in chosen], z)
+            else:
+                values = self._run_in_parts(partial(self._runtime.decode, modality.name), z)
             self.runs += len(z)
             if np.isnan(values).any():
                 raise FloatingPointError(f"the decoder of {modality.name} returned NaN")
             ends = np.cumsum([len(zs[index]) for index in chosen])
             for index, own in zip(chosen, np.split(values, ends[:-1]), strict=True):
                 decoding[index].generated[modality.name] = own
+
+    def _generate_texts(self, name: str, number: int, jobs: Sequence[InferenceJob], z: np.ndarray) -> np.ndarray:
+        """Token ids (z, length) of a text with the autoregressive likelihood.
+
+        Args:
+            number: position of the modality in the bundle.
+            z: ``num_samples`` of each job, one job after the other.
+        """
+        length = self._runtime.autoregressive[name].length
+        uniform = np.concatenate([token_noise(job.seed, job.index, number, job.num_samples, length) for job in jobs])
+        counts = [job.num_samples for job in jobs]
+        temperature = np.repeat(np.array([job.text_temperature for job in jobs], np.float32), counts)
+        top_p = np.repeat(np.array([job.top_p for job in jobs], np.float32), counts)
+        return self._run_in_parts(partial(self._runtime.sample_text, name), z, uniform, temperature, top_p)
 
     def _sample(self, wanted: list[tuple[Row, Stream, int, float]]) -> list[np.ndarray]:
         """z = mean + temperature · (a sample of the posterior - mean), by row (count, latent)."""

@@ -19,6 +19,7 @@ from concord.training.evaluation.linear import evaluate_linear
 from concord.training.evaluation.metrics.calibration import LEVELS, coverage
 from concord.training.evaluation.metrics.probe import linear_probe
 from concord.training.evaluation.metrics.refinement import EVALUATION_SAMPLES, refined_elbos
+from concord.training.evaluation.texts import evaluate_texts
 from concord.training.objectives import every_subset, figure_name, named_subsets
 from concord.training.posteriors import GaussianPosterior
 from concord.training.progress import Progress
@@ -55,6 +56,8 @@ def evaluate(
     the model has one. It uses rows with a label and at least one modality of the subset. A subset is omitted if its training
     rows have fewer than two classes or no test row qualifies.
 
+    ``texts``: only with text modalities, see ``evaluate_texts``.
+
     With ``pairing = "row"``, the metrics of ``evaluate_cross_modal``, and as ``linear``, with ``baselines``, those of
     ``evaluate_linear``.
 
@@ -76,6 +79,7 @@ def evaluate(
     metrics: dict[str, Any] = {"test_rows": len(test)}
     if train.has_labels and (accuracies := _probe(config, model, train, test, progress)):
         metrics["probe"] = accuracies
+    metrics |= evaluate_texts(model, train, test)
     if config.data.pairing == "row":
         metrics |= evaluate_cross_modal(model, test)
         if baselines:

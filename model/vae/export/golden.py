@@ -16,6 +16,7 @@ from concord.model.runtime.device import Device
 from concord.model.runtime.frozen import open_files
 from concord.model.vae.gaussian import antithetic, refinement_anchor
 from concord.model.vae.multimodal import MultimodalVAE
+from concord.model.vae.sequence_decoder import SequenceDecoder
 
 Arrays = Mapping[str, Tensor]
 _GOLDEN_TEXTS = ("A small red bird sits on a branch.", "2 caf\u00e9s, na\u00efve \u2014 \u6771\u4eac", "x")
@@ -39,7 +40,8 @@ def golden_examples(vae: MultimodalVAE, examples: Arrays, samples: int) -> dict[
             - ``mean`` and ``log_var``, the aligned posterior; ``anchor_mean`` and ``anchor_log_var``, the anchor of refinement;
               ``next_mean`` and ``next_log_var``, the posterior after one step: each (batch, latent),
             - ``objective`` (batch,), in weighted nats,
-            - ``value.<modality>``, decoded from the mean,
+            - ``value.<modality>``, decoded from the mean; of a text with the autoregressive likelihood (batch, length), the
+              log-probabilities of the tokens of ``input.<modality>`` given the mean, which rounding changes little,
             - ``drawn`` (batch, latent), a sample of the posterior, if the model has a flow.
     """
     rows = len(next(iter(examples.values())))
@@ -54,7 +56,7 @@ def golden_examples(vae: MultimodalVAE, examples: Arrays, samples: int) -> dict[
         start = vae.aligned(examples, present)
         anchor = refinement_anchor(start, present)
         refined, objective = vae.refine_step(examples, present, start, anchor, noise)
-        values = {f"value.{m.name}": vae.decode(m.name, start.mean) for m in vae.modalities}
+        values = {f"value.{m.name}": _value(vae, m.name, start.mean, examples[m.name]) for m in vae.modalities}
         if vae.flow is not None:
             values["drawn"] = vae.sample(start, noise[:, :1])[:, 0]
     tensors = {
@@ -71,6 +73,11 @@ def golden_examples(vae: MultimodalVAE, examples: Arrays, samples: int) -> dict[
         **values,
     }
     return {key: tensor.numpy() for key, tensor in tensors.items()}
+
+
+def _value(vae: MultimodalVAE, name: str, z: Tensor, x: Tensor) -> Tensor:
+    network = vae.decoders[name]
+    return network.token_log_likelihoods(z, x) if isinstance(network, SequenceDecoder) else vae.decode(name, z)
 
 
 def golden_files(encoders: Sequence[EncoderFiles]) -> dict[str, Any]:

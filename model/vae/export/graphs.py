@@ -17,6 +17,7 @@ from concord.model.bundle.manifest import graph_input
 from concord.model.vae.export.traced_gradient import MAX_BATCH, trace
 from concord.model.vae.gaussian import Gaussian
 from concord.model.vae.multimodal import MultimodalVAE
+from concord.model.vae.sequence_decoder import SequenceDecoder
 
 OPSET = 18  # ONNX Runtime's GPU providers lack kernels for some operators of newer ones
 INLINE_BYTES = 1024  # tensors up to this size are stored in the graph, larger ones in the weights file
@@ -43,7 +44,18 @@ def sample_graph(vae: MultimodalVAE) -> onnx.ModelProto:
 
 
 def decode_graph(vae: MultimodalVAE, modality: str) -> onnx.ModelProto:
-    """Graph of a decoder. ``z`` (batch, latent) -> ``value``, the expected value, see ``likelihood.expectation``."""
+    """Graph of a decoder. ``z`` (batch, latent) -> ``value``, the expected value, see ``likelihood.expectation``.
+
+    Of a text with the autoregressive likelihood: the graph of one token, see ``SequenceDecoder.step``. ``z``, ``token`` and
+    ``position`` (batch,), ``state`` (batch, part, length, feature) -> ``log_probabilities`` (batch, token), ``next_state``.
+    """
+    network = vae.decoders[modality]
+    if isinstance(network, SequenceDecoder):
+        rows = _tracing_batch(vae)
+        token, position = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        example = (torch.zeros(rows, vae.latent), token, position, torch.zeros(rows, *network.state_shape))
+        names = ["z", "token", "position", "state"]
+        return _convert(_program(_Step(network), example), names, ["log_probabilities", "next_state"])
     return _convert(_program(_Decode(vae, modality), (torch.zeros(3, vae.latent),)), ["z"], ["value"])
 
 
@@ -100,12 +112,26 @@ class _Decode(nn.Module):
         return self.vae.decode(self.modality, z)
 
 
+class _Step(nn.Module):
+    def __init__(self, network: SequenceDecoder) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor, token: Tensor, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network.step(z, token, position, state)
+
+
+def _tracing_batch(vae: MultimodalVAE, samples: int = 0) -> int:
+    """A batch size to trace with. Tracing treats axes of equal size as the same axis, so no other axis has this size."""
+    sizes = {size for weight in vae.state_dict().values() for size in weight.shape} | {samples}
+    sizes |= {size for m in vae.modalities for size in m.shape}
+    sizes |= {size for network in vae.decoders.values() if isinstance(network, SequenceDecoder) for size in network.axes}
+    return next(n for n in range(3, len(sizes) + 4) if n not in sizes)
+
+
 def _tracing_rows(vae: MultimodalVAE, samples: int = 0) -> list[Tensor]:
-    """Zeros for every modality and a mask of ones, to trace with. Tracing treats axes of equal size as the same axis, so the
-    batch size is one that no other axis has."""
-    sizes = {size for weight in vae.state_dict().values() for size in weight.shape}
-    sizes |= {size for m in vae.modalities for size in m.shape} | {samples}
-    rows = next(n for n in range(3, len(sizes) + 4) if n not in sizes)
+    """Zeros for every modality and a mask of ones, to trace with."""
+    rows = _tracing_batch(vae, samples)
     arrays = [torch.zeros(rows, *m.shape, dtype=torch.int64 if m.dtype is np.int64 else torch.float32) for m in vae.modalities]
     return [*arrays, torch.ones(rows, len(vae.modalities), dtype=torch.bool)]
 

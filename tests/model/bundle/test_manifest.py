@@ -27,6 +27,8 @@ def format_of(*modalities: dict[str, Any]) -> int:
         ({"segmentation": "letters"}, 2),
         ({"segmentation": "unicode"}, 4),
         ({"segmentation": "unicode", "unit": "character", "vocabulary": [], "alphabet": " a"}, 1),
+        ({"segmentation": "unicode", "likelihood": "autoregressive"}, 6),
+        ({"unit": "character", "vocabulary": [], "alphabet": " a", "likelihood": "autoregressive"}, 6),
     ],
 )
 def test_oldest_format_depends_on_the_rule_for_words(fields: dict[str, Any], number: int) -> None:

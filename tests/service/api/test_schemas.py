@@ -13,6 +13,7 @@ def test_options_have_defaults() -> None:
     assert (options.refine.steps, options.refine.trace, options.on_error) == (0, False, "fail")
     generate = GenerateOptions.model_validate({})
     assert (generate.targets, generate.num_samples, generate.latent, generate.temperature) == (None, 1, "sample", 1.0)
+    assert (generate.text.temperature, generate.text.top_p) == (0.0, 1.0)
     assert (generate.output.image, generate.output.text, generate.return_embedding) == ("png", "string", False)
 
 
@@ -36,6 +37,11 @@ def test_options_have_defaults() -> None:
         {"targets": "photo"},
         {"targets": ["x"] * 65},
         {"output": {"text": "tokens"}},
+        {"text": {"temperature": -0.1}},
+        {"text": {"temperature": 11}},
+        {"text": {"top_p": 0}},
+        {"text": {"top_p": 1.01}},
+        {"text": 0.5},
         {"model": "m" * 129},
     ],
 )

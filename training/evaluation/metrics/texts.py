@@ -1,0 +1,54 @@
+"""Metrics of generated texts: whether they read like training texts, and whether they differ from each other."""
+
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Int64, Shaped
+
+from concord.model.modality import FIRST_WORD, TextModality
+
+Tokens = tuple[int, ...]
+
+
+def written(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> Tokens:
+    """Return the tokens of a text without padding around it, as ``codec.text_from_tokens`` writes them."""
+    if modality.unit == "word":
+        return tuple(token for token in tokens.tolist() if token >= FIRST_WORD)
+    places = np.flatnonzero(tokens)
+    return tuple(tokens[places[0] : places[-1] + 1].tolist()) if len(places) else ()
+
+
+def pairs_of_texts(modality: TextModality, tokens: Int64[np.ndarray, "text length"]) -> frozenset[int]:
+    """Return the pairs of adjacent tokens in texts, each as first · categories + second."""
+    position = np.arange(1, modality.length)
+    lengths = ((tokens != 0) * np.arange(1, modality.length + 1)).max(axis=1, initial=0, keepdims=True)
+    codes = tokens[:, :-1] * modality.categories + tokens[:, 1:]
+    return frozenset(np.unique(codes[position < lengths]).tolist())
+
+
+def known_pairs(modality: TextModality, texts: Sequence[Tokens], known: Collection[int]) -> float | None:
+    """Return the share of pairs of adjacent tokens that occur in training texts. None if there is no pair.
+
+    Args:
+        known: of the training texts, from ``pairs_of_texts``.
+    """
+    pairs = [first * modality.categories + second for text in texts for first, second in pairwise(text)]
+    return float(np.mean([pair in known for pair in pairs])) if pairs else None
+
+
+def repeats(texts: Sequence[Tokens]) -> float | None:
+    """Return the share of pairs of adjacent tokens that are the same token twice. None if there is no pair."""
+    pairs = [first == second for text in texts for first, second in pairwise(text)]
+    return float(np.mean(pairs)) if pairs else None
+
+
+def distinct(texts: Sequence[Tokens]) -> float:
+    """Return the number of different texts, divided by the number of texts."""
+    return len(set(texts)) / len(texts)
+
+
+def token_counts(modality: TextModality, tokens: Int64[np.ndarray, "text length"]) -> Shaped[np.ndarray, " text"]:
+    """Return the number of tokens of each text, with its end unless it fills the whole length."""
+    lengths = ((tokens != 0) * np.arange(1, modality.length + 1)).max(axis=1, initial=0)
+    return np.asarray(np.minimum(lengths + 1, modality.length))
