@@ -100,7 +100,8 @@ class Source(_Table):
     test: Place | None = None
     """The test rows, in the same forms. None: ``train`` holds both splits, separated by ``split`` or ``held_out``."""
     split: str | None = None
-    """Column with "train" or "test" in each row."""
+    """Column with "train" or "test" in each row. If no row has "test", the test rows are those with "validation", or else
+    "valid", "val" or "dev"."""
     where: dict[str, str] = Field(default={})
     """Column -> value. Only rows that hold these values are used: strings, or names of classes."""
     held_out: float | None = Field(default=None, gt=0, le=0.5)

@@ -82,7 +82,7 @@ def png(mode: str, size: tuple[int, int]) -> bytes:
         ("fold", repeated("train", "val", "test"), "split", {}),
         ("fold", repeated("train"), "skipped", {}),
         ("fold", repeated("test"), "skipped", {}),
-        ("kind", repeated("train", "validation"), "skipped", {}),
+        ("kind", repeated("train", "validation"), "split", {}),
         ("kind", repeated("train", "bus", "car"), "categorical", {}),
         ("motto", repeated("the same"), "skipped", {}),
         ("count", repeated(3, None), "skipped", {}),

@@ -22,6 +22,7 @@ from concord.model.codec import columns as codec_columns
 from concord.model.codec.errors import DEFAULT_LIMITS, CodecError
 from concord.model.codec.text import is_unspaced, tokenize
 from concord.model.modality import AudioModality, ImageModality
+from concord.training.data.sources import TEST_NAMES, TRAIN_NAME
 from concord.training.data.tables import AUDIO_SUFFIXES, IMAGE_SUFFIXES, RawTable
 
 Role = Literal["image", "audio", "text", "vector", "binary", "categorical", "label", "split", "skipped"]
@@ -61,7 +62,7 @@ _MIN_SENTENCE_WORDS = 4
 """Texts suit a pretrained network from this mean number of words on."""
 _GREY_MODES = frozenset({"1", "L", "I", "F", "I;16"})
 _LABEL_NAMES = frozenset({"label", "labels", "class", "target", "y", "species"})
-_SPLIT_NAMES = frozenset({"train", "test", "val", "valid", "validation", "dev"})
+_SPLIT_NAMES = frozenset({TRAIN_NAME, *TEST_NAMES})
 _SPLIT_COLUMNS = frozenset({"split", "splits", "fold", "part", "partition", "subset", "set", "phase"})
 _IDENTIFIER = re.compile(r"(^|_)(id|ids|uuid|guid|index|url|uri|path|file|filename|hash|md5|sha1|sha256)$")
 
@@ -332,7 +333,7 @@ class _ClassLabels(_Observer):
 
     def _schema(self) -> ColumnSchema:
         found = {self._names[number] for number in self._found if isinstance(number, int) and 0 <= number < len(self._names)}
-        if {"train", "test"} <= found <= _SPLIT_NAMES:
+        if {TRAIN_NAME} < found <= _SPLIT_NAMES:
             return self._is("split", f"values {', '.join(sorted(found))}")
         if len(found) < 2:
             return self._skipped("the same class in every row")
@@ -423,7 +424,7 @@ class _Strings(_Observer):
         distinct = self._distinct.values
         if self._has_paths and self._nonblank:
             return replace(self._files.schema(), nulls=self.nulls)
-        if {"train", "test"} <= distinct <= _SPLIT_NAMES:
+        if {TRAIN_NAME} < distinct <= _SPLIT_NAMES:
             return self._is("split", f"values {', '.join(sorted(distinct))}")
         if reason := self._reason_to_skip():
             return self._skipped(reason)
@@ -435,10 +436,10 @@ class _Strings(_Observer):
 
     def _reason_to_skip(self) -> str:
         distinct, reason = self._distinct.values, ""
-        if distinct and distinct <= _SPLIT_NAMES and ("train" in distinct or self.column.lower() in _SPLIT_COLUMNS):
-            missing = [name for name in ("train", "test") if name not in distinct]
+        if distinct and distinct <= _SPLIT_NAMES and (TRAIN_NAME in distinct or self.column.lower() in _SPLIT_COLUMNS):
+            missing = "test" if TRAIN_NAME in distinct else TRAIN_NAME
             values = " or ".join(sorted(distinct))
-            reason = f"a split without {' and '.join(missing)} rows (each row says {values}): rows are held out instead"
+            reason = f"a split without {missing} rows (each row says {values}): rows are held out instead"
         elif self._has_identifier_name:
             reason = "row identifiers"
         elif not self._nonblank:

@@ -35,6 +35,8 @@ from concord.training.encoders.features import StoredFeatures
 from concord.training.errors import DataError
 
 __all__ = [
+    "TEST_NAMES",
+    "TRAIN_NAME",
     "UNKNOWN",
     "Column",
     "Rows",
@@ -49,6 +51,9 @@ __all__ = [
 ]
 
 Split = Literal["train", "test"]
+TRAIN_NAME = "train"
+TEST_NAMES = ("test", "validation", "valid", "val", "dev")
+"""Values of a ``split`` column that mean test rows. Only the first of them that occurs does."""
 RowSelection = Literal["all", "complete"]
 Encoders = Mapping[str, StoredFeatures]
 _MAX_SHOWN = 5
@@ -220,12 +225,15 @@ def open_rows(
     numbers = _chosen(table, source.where)
     if source.split:
         splits = np.array(list(_names(table, source.split)), object)
-        numbers = numbers[splits[numbers] == split]
-        if split == "train" and (others := sorted({str(value) for value in splits} - {"train", "test"})):
-            count = len(table) - int(np.isin(splits, ["train", "test"]).sum())
+        found = set(splits)
+        names = {TRAIN_NAME, next((name for name in TEST_NAMES if name in found), TEST_NAMES[0])}
+        numbers = numbers[np.isin(splits[numbers], [TRAIN_NAME] if split == "train" else sorted(names - {TRAIN_NAME}))]
+        if split == "train" and (others := sorted({str(value) for value in found - names})):
+            count = len(table) - int(np.isin(splits, sorted(names)).sum())
             _log.warning("%s: %d rows are in neither split: column %r has the values %s", file, count, source.split, others[:5])
         if not len(numbers):
-            raise DataError(f"{file}: split {split!r} has no rows. Column {source.split!r} must hold train or test in each row")
+            allowed = f"{TRAIN_NAME}, or {' or '.join(TEST_NAMES)}"
+            raise DataError(f"{file}: split {split!r} has no rows. Column {source.split!r} must hold {allowed} in each row")
     elif source.held_out:
         order = np.random.default_rng(0).permutation(numbers)
         test_rows = max(1, round(source.held_out * len(numbers)))

@@ -153,8 +153,27 @@ def test_rows_of_neither_split_are_dropped_with_warning(tmp_path: Path, caplog: 
         assert len(load(tmp_path, table, columns, source={"split": "part"})) == 2
     assert "1 rows are in neither split: column 'part' has the values ['val']" in caplog.text
     table["part"] = ["train"] * 4
-    with pytest.raises(DataError, match="split 'test' has no rows"):
+    with pytest.raises(DataError, match=r"split 'test' has no rows.*must hold train, or test or validation"):
         load(tmp_path, table, columns, "test", source={"split": "part"})
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["validation", "validation"], [2.0, 3.0]),
+        (["val", "val"], [2.0, 3.0]),
+        (["dev", "valid"], [3.0]),  # the rows of one name only
+        (["test", "validation"], [2.0]),
+    ],
+)
+def test_validation_rows_are_the_test_rows_of_a_file_without_test_rows(
+    tmp_path: Path, names: list[str], expected: list[float]
+) -> None:
+    table = {"numbers": [[float(row)] for row in range(4)], "brand": ["a", "b"] * 2, "part": ["train", "train", *names]}
+    columns: dict[str, str | tuple[str, ...]] = {"numbers": "numbers", "brand": "brand"}
+    numbers = NUMBERS.model_copy(update={"mean": (0.0,), "std": (1.0,)})
+    rows = load(tmp_path, table, columns, "test", numbers, source={"split": "part"})
+    assert all_rows(rows).arrays["numbers"][:, 0].tolist() == expected
 
 
 def test_string_labels_are_numbered_by_training_rows(tmp_path: Path) -> None:
