@@ -29,6 +29,8 @@ from concord.model.token_sampling import NextToken, sample_tokens, token_log_pro
 
 VERSION: str = onnxruntime.__version__
 """Version of ONNX Runtime."""
+STEP_ROWS = 16
+"""Rows of a refinement step on each thread of a CPU. More take as long for each row, and keep more memory."""
 Inputs = Mapping[str, Shaped[np.ndarray, "batch ..."]]
 
 
@@ -240,8 +242,8 @@ class Runtime:
     def warm_up(self, rows: int) -> None:
         """Run every graph once on blank rows: to allocate memory, and as a self-test that no input can break.
 
-        ``rows`` complete rows of zeros are encoded, refined, sampled and decoded, and encoded from each modality alone: graphs
-        take another path for absent modalities.
+        ``rows`` complete rows of zeros are encoded, refined (at most ``step_rows``), sampled and decoded, and encoded from each
+        modality alone: graphs take another path for absent modalities.
 
         Raises:
             FloatingPointError: a result is not finite.
@@ -256,7 +258,14 @@ class Runtime:
         posterior = _require_finite(self.encode(inputs, present))
         noise = np.zeros((rows, self.noise_samples, self.latent), dtype=np.float32)
         anchor = Posterior(np.zeros_like(posterior.mean), np.zeros_like(posterior.log_var))
-        self.refine(inputs, present, posterior, anchor, noise)
+        first = slice(0, self.step_rows)
+        self.refine(
+            {name: array[first] for name, array in inputs.items()},
+            present[first],
+            Posterior(posterior.mean[first], posterior.log_var[first]),
+            Posterior(anchor.mean[first], anchor.log_var[first]),
+            noise[first],
+        )
         if not np.isfinite(self.sample(posterior, noise[:, 0])).all():
             raise FloatingPointError("samples of the posterior are not finite")
         for modality in self.modalities:
@@ -362,7 +371,10 @@ class Runtime:
         graphs = self.bundle.manifest.graphs
         options = onnxruntime.SessionOptions()
         # ONNX Runtime's default counts the cores of the host, not those that a container may use.
-        options.intra_op_num_threads = self.device.threads(threads, len(graphs.names) + len(self.bundle.manifest.encoders))
+        threads = self.device.threads(threads, len(graphs.names) + len(self.bundle.manifest.encoders))
+        options.intra_op_num_threads = threads
+        self.step_rows = min(self._max_batch, STEP_ROWS * threads) if self.device.is_cpu else self._max_batch
+        """Most rows of one refinement step that are usual."""
         options.inter_op_num_threads = 1
         # On a CPU, where batches have any size, the plans for all sizes together would keep more memory and save no time.
         options.enable_mem_pattern = not self.device.is_cpu

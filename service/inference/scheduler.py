@@ -191,7 +191,7 @@ class Scheduler:
         self._release(abandoned)
         if not active:
             return []
-        subset, limit = self._active[0].subset, self.max_batch
+        subset, limit = self._active[0].subset, min(self.max_batch, self._runtime.step_rows)
         if now < self._prioritise_until and self._runtime.device.is_cpu:
             limit = min(limit, self._rows_per_tick.get(subset, 1))
         chosen: list[Row] = []

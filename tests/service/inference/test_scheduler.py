@@ -263,6 +263,14 @@ class TestRefinement:
             finished += [rows.index(row) for row in scheduler.step()]
         assert finished == list(range(7))
 
+    def test_step_on_a_cpu_takes_as_many_rows_as_its_threads_compute_well(self, faulty: FaultyRuntime) -> None:
+        sizes: list[int] = []
+        faulty.before = lambda stage, inputs: sizes.append(len(inputs["present"])) if stage == "refine" else None
+        assert faulty.step_rows == 16
+        jobs = [InferenceJob(complete_row(faulty, i), 0, i, RefinementLimits(steps=1)) for i in range(40)]
+        run(make_scheduler(faulty), jobs)
+        assert (max(sizes), sum(sizes)) == (16, 80)
+
     def test_long_refinement_does_not_delay_a_short_one(self, runtime: Runtime) -> None:
         scheduler = make_scheduler(runtime)
         long = Row(InferenceJob(complete_row(runtime, 0), 0, 0, RefinementLimits(steps=50)), monotonic())
