@@ -95,8 +95,9 @@ class Plan(NamedTuple):
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"the names of models and variants must be unique, received {', '.join(self.names)}")
         for variant in self.variants:
-            for field in ("modalities", "data"):
-                if getattr(variant, field) != getattr(self.config, field):
+            expected = _data_of(self.config)
+            for field, value in _data_of(variant).items():
+                if value != expected[field]:
                     raise ConfigError(
                         f"{variant.name}: its {field} differ from those of {self.config.name}. Compare it in a separate call"
                     )
@@ -109,6 +110,11 @@ class Plan(NamedTuple):
     def name(self) -> str:
         """Name of the results. A reduced budget has another name, so that it never overwrites the results of the full one."""
         return self.config.name + (f"-{self.rows_per_epoch}" if self.rows_per_epoch is not None else "")
+
+
+def _data_of(config: Config) -> dict[str, Any]:
+    """Return the settings that all variants share. Likelihood weights are settings of training."""
+    return {"modalities": [m.model_copy(update={"weight": None}) for m in config.modalities], "data": config.data}
 
 
 def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: str, progress: Progress) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from concord.training.cli import app
+from concord.training.errors import ConfigError
 from concord.training.reports import compare
-from concord.training.reports.compare import summary
+from concord.training.reports.compare import Plan, summary
 
 SUBSETS = ["digit", "photo", "word", "digit+photo", "digit+word", "photo+word", "digit+photo+word"]
 
@@ -254,6 +255,16 @@ def test_compare_variants_with_other_data_or_epochs_are_rejected(compared: Any, 
     result = CliRunner().invoke(app, ["compare", str(config), str(variant), "--models", models])
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_variants_may_differ_in_likelihood_weights(make_config: Any) -> None:
+    config = make_config()
+    weighted = [m.model_copy(update={"weight": 7.0}) for m in config.modalities]
+    variant = config.model_copy(update={"name": "weighted", "modalities": tuple(weighted)})
+    Plan(config, ("concord",), (0,), None, 8, (variant,)).validate()
+    other = variant.model_copy(update={"modalities": tuple(weighted[:1])})
+    with pytest.raises(ConfigError, match="its modalities differ"):
+        Plan(config, ("concord",), (0,), None, 8, (other,)).validate()
 
 
 def test_compare_without_frozen_classifiers_is_rejected(write_config: Any, tmp_path: Path) -> None:
