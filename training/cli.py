@@ -227,7 +227,9 @@ def compare(
     rows_per_epoch: Annotated[
         int | None, typer.Option(help="Training rows per epoch: a reduced budget, noted in the results.", min=1)
     ] = None,
-    test_rows: Annotated[int, typer.Option(help="Test rows of all figures but the probe, which uses all rows.", min=2)] = 2000,
+    test_rows: Annotated[
+        int, typer.Option(help="Test rows of all figures but probe, retrieval and predictions.", min=2)
+    ] = 2000,
     folder: Folder = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/compare-<name>.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of the results file.")] = RESULTS,
@@ -235,7 +237,8 @@ def compare(
 ) -> None:
     """Train and evaluate several models, and variants of a configuration, with several seeds, and write one results file.
 
-    All runs have the same data and number of epochs. An interrupted run continues, and an evaluated run is not repeated.
+    All runs have the same data and number of epochs. An interrupted run continues, and an evaluated run is not repeated. For
+    data with pairing = "row", the results are a folder with the figures of evaluate --baselines for each model and seed.
     `report` renders the results.
     """
     from concord.training import commands

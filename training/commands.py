@@ -41,7 +41,7 @@ from concord.training.loggers import logging_to
 from concord.training.machine import full_disk_reported
 from concord.training.models import MODELS
 from concord.training.progress import Progress
-from concord.training.reports.compare import Plan
+from concord.training.reports.compare import EVALUATION, GRID, Plan, compare_by_row
 from concord.training.reports.compare import compare as run_comparison
 from concord.training.reports.config_reference import config_reference
 from concord.training.reports.sample_grid import grid_caption, render_grid, select_examples
@@ -63,7 +63,6 @@ from concord.training.tune import tune as run_search
 
 P = ParamSpec("P")
 
-EVALUATION, GRID = "evaluation.json", "grid.png"
 METHODS = ("birds-features-contrast", "fashion")
 """Folders of results that compare models on retrieval and prediction, each with a section of its name."""
 GENERATED_ROWS = 2000
@@ -323,7 +322,13 @@ def compare(
     files = " ".join(map(str, [configuration, *variants]))
     command = f"concord compare {files} --models {models} --seeds {seeds} --test-rows {test_rows}"
     command += f" --rows-per-epoch {rows_per_epoch}" if rows_per_epoch else ""
-    content = run_comparison(plan, folder, out or Path("runs") / f"compare-{plan.name}", results, command, Progress())
+    out = out or Path("runs") / f"compare-{plan.name}"
+    if settings.data.pairing == "row":
+        for (name, seed), error in compare_by_row(plan, folder, out, results, Progress()).items():
+            print(f"{name}, seed {seed}: {f'failed: {error}' if error else 'done'}")
+        print(results / plan.name)
+        return
+    content = run_comparison(plan, folder, out, results, command, Progress())
     for row in content["rows"]:
         print(f"{row_name(row)}, seed {row['seed']}: {row['status']}{': ' + row['error'] if row.get('error') else ''}")
     print(f"{results / plan.name}.json")

@@ -36,7 +36,7 @@ from concord.training.reports.summary import rename_old_keys, row_name
 from concord.training.run_data import RunData, keep_run_data
 from concord.training.run_lock import RunLock
 
-ROW, FAILURE, GRID = "row.json", "failure.txt", "grid.png"
+ROW, FAILURE, EVALUATION, GRID = "row.json", "failure.txt", "evaluation.json", "grid.png"
 SUMMARISED = (
     "probe",
     "coherence",
@@ -95,8 +95,9 @@ class Plan(NamedTuple):
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"the names of models and variants must be unique, received {', '.join(self.names)}")
         for variant in self.variants:
-            for field in ("modalities", "data"):
-                if getattr(variant, field) != getattr(self.config, field):
+            expected = _data_of(self.config)
+            for field, value in _data_of(variant).items():
+                if value != expected[field]:
                     raise ConfigError(
                         f"{variant.name}: its {field} differ from those of {self.config.name}. Compare it in a separate call"
                     )
@@ -109,6 +110,11 @@ class Plan(NamedTuple):
     def name(self) -> str:
         """Name of the results. A reduced budget has another name, so that it never overwrites the results of the full one."""
         return self.config.name + (f"-{self.rows_per_epoch}" if self.rows_per_epoch is not None else "")
+
+
+def _data_of(config: Config) -> dict[str, Any]:
+    """Return the settings that all variants share. Likelihood weights are settings of training."""
+    return {"modalities": [m.model_copy(update={"weight": None}) for m in config.modalities], "data": config.data}
 
 
 def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: str, progress: Progress) -> dict[str, Any]:
@@ -163,6 +169,60 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
         write_atomically(file, json.dumps(content, indent=1) + "\n")
     _copy_grids(plan, out, results)
     return content
+
+
+def compare_by_row(plan: Plan, folder: Path | None, out: Path, results: Path, progress: Progress) -> dict[Key, str | None]:
+    """Run the missing models, variants and seeds of data with ``pairing = "row"``, without frozen classifiers.
+
+    Writes ``results``/<name>/<model or variant>-<seed>.json, the figures of ``evaluate``. The first one has the linear
+    baselines too.
+
+    Args:
+        folder: of the data, see ``dataset.load``.
+        out: contains one folder per run.
+
+    Returns:
+        the error of each run, None for one that is done.
+
+    Raises:
+        ConfigError: ``Plan.validate`` fails.
+    """
+    plan.validate()
+    target = results / plan.name
+    target.mkdir(parents=True, exist_ok=True)
+    requested = [(name, seed) for seed, name in itertools.product(plan.seeds, plan.names)]
+    errors: dict[Key, str | None] = {}
+    for done, (name, seed) in enumerate(requested, start=1):
+        progress.say(f"{name}, seed {seed}: {done} of {len(requested)}")
+        path, baselines = out / f"{name}-{seed}", done == 1
+        errors[name, seed] = _run_in_subprocess(
+            _fit_and_evaluate, path, plan.config_for(name, seed), folder, plan.test_rows, baselines
+        )
+        if not errors[name, seed]:
+            shutil.copyfile(path / EVALUATION, target / f"{name}-{seed}.json")
+    return errors
+
+
+def _fit_and_evaluate(path: Path, config: Config, folder: Path | None, test_rows: int, baselines: bool) -> None:
+    """Train and evaluate one model, unless its folder has the evaluation already.
+
+    Args:
+        test_rows: of the figures of refinement.
+        baselines: whether the evaluation needs the linear baselines.
+    """
+    with RunLock(path, "a comparison") as lock, full_disk_reported(path):
+        lock.acquire()
+        run, progress = Run(path, config), Progress()
+        if (path / EVALUATION).exists() and (not baselines or "linear" in run.read(EVALUATION)):
+            return
+        train, test = dataset.load(config, "train", folder), dataset.load(config, "test", folder)
+        keep_run_data(run, RunData.from_data(train, test))
+        model = load(config, train.modalities, run) or fit(config, train, run, progress)
+        device = resolve_device(config.device)
+        train, test = train.to(device), test.to(device)
+        with EvaluationDevice(device):
+            figures = evaluate(config, model, train, test, progress, refined_rows=test_rows, baselines=baselines)
+        run.write(EVALUATION, {**figures, "training": run.cost()})
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

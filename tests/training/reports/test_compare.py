@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from concord.training.cli import app
+from concord.training.errors import ConfigError
 from concord.training.reports import compare
-from concord.training.reports.compare import summary
+from concord.training.reports.compare import Plan, summary
 
 SUBSETS = ["digit", "photo", "word", "digit+photo", "digit+word", "photo+word", "digit+photo+word"]
 
@@ -112,6 +114,33 @@ def test_compare_rows_of_older_runs_keep_their_classifier_accuracy(
     assert {row["model"]: row["status"] for row in content["rows"]} == {"concord": "done", "mvae": "done", "mopoe": "failed"}
     assert content["classifier_accuracy"] == content["rows"][0]["classifier_accuracy"]
     assert "judges" not in (tmp_path / "tiny-40.json").read_text()
+
+
+def test_compare_by_row_writes_the_evaluation_of_each_run_and_continues(
+    write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    stage = {"epochs": 1, "batch_size": 20}
+    config = write_config(tmp_path / "tiny.toml", joint=stage, refiner={**stage, "steps": 1}, align=stage)
+    options = ["compare", str(config), "--models", "concord,contrastive", "--seeds", "0", "--test-rows", "8"]
+    options += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    (tmp_path / "runs" / "contrastive-0").mkdir(parents=True)
+    (tmp_path / "runs" / "contrastive-0" / "config.json").write_text("damaged")
+    first = CliRunner().invoke(app, options)
+    assert first.exit_code == 0, first.output
+    assert "concord, seed 0: done" in first.stdout
+    assert "contrastive, seed 0: failed: RunError" in first.stdout
+    shutil.rmtree(tmp_path / "runs" / "contrastive-0")
+    written = (tmp_path / "results" / "tiny" / "concord-0.json").read_bytes()
+    second = CliRunner().invoke(app, options)
+    assert "contrastive, seed 0: done" in second.stdout, second.output
+    assert (tmp_path / "results" / "tiny" / "concord-0.json").read_bytes() == written, "an evaluated run is not repeated"
+    figures = {
+        name: json.loads((tmp_path / "results" / "tiny" / f"{name}-0.json").read_text()) for name in ("concord", "contrastive")
+    }
+    assert figures["concord"].keys() >= {"probe", "refinement", "linear", "training"}
+    assert figures["contrastive"].keys() >= {"probe", "training"}
+    assert "linear" not in figures["contrastive"], "the linear baselines have no seed: once is enough"
 
 
 def test_summary_has_means_and_deviations_over_seeds(compared: Any) -> None:
@@ -226,6 +255,16 @@ def test_compare_variants_with_other_data_or_epochs_are_rejected(compared: Any, 
     result = CliRunner().invoke(app, ["compare", str(config), str(variant), "--models", models])
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_variants_may_differ_in_likelihood_weights(make_config: Any) -> None:
+    config = make_config()
+    weighted = [m.model_copy(update={"weight": 7.0}) for m in config.modalities]
+    variant = config.model_copy(update={"name": "weighted", "modalities": tuple(weighted)})
+    Plan(config, ("concord",), (0,), None, 8, (variant,)).validate()
+    other = variant.model_copy(update={"modalities": tuple(weighted[:1])})
+    with pytest.raises(ConfigError, match="its modalities differ"):
+        Plan(config, ("concord",), (0,), None, 8, (other,)).validate()
 
 
 def test_compare_without_frozen_classifiers_is_rejected(write_config: Any, tmp_path: Path) -> None:
