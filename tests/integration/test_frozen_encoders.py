@@ -23,8 +23,8 @@ from concord.model.bundle import MANIFEST, BundleError, read
 from concord.model.codec.errors import DEFAULT_LIMITS
 from concord.model.runtime import Runtime
 from concord.service.batch.dataset import BatchJob, Embedder, plan
+from concord.training import config_file
 from concord.training.cli import app
-from concord.training.config_file import read as read_config
 from concord.training.data.dataset import load
 from concord.training.encoders.packages import PACKAGES
 from tests.support.encoders import FEATURES, write_image_encoder, write_text_encoder
@@ -34,6 +34,7 @@ from tests.support.shop import COLOURS, SHAPES
 
 pytestmark = pytest.mark.slow  # a model is trained
 
+CONFIGS = Path(config_file.__file__).parent / "configs"
 ROWS = 60
 OVERRIDES = ("--epochs", "1")
 
@@ -113,7 +114,7 @@ def test_picture_and_sentence_are_embedded_from_a_form(service: Service, rows: l
 def test_training_and_serving_have_the_same_features_and_embeddings(
     bundle: Path, folder: Path, service: Service, rows: list[dict[str, Any]]
 ) -> None:
-    data = load(read_config(folder / "articles.toml"), "test")
+    data = load(config_file.read(folder / "articles.toml"), "test")
     batch = next(data.batches(0, len(data), 0, shuffle=False))
     runtime = Runtime.load(bundle, threads=1)
     inputs = {name: array.numpy() for name, array in batch.arrays.items()}
@@ -292,9 +293,30 @@ def test_column_may_be_features_and_pixels(folder: Path) -> None:
     thumbnail = '[[modalities]]\nname = "thumbnail"\nkind = "image"\nchannels = 3\nheight = 8\nwidth = 8\n'
     config = (folder / "articles.toml").read_text().replace("[data]", f"{thumbnail}[data]", 1)
     (folder / "both.toml").write_text(config.replace('photo = "photo"', 'photo = "photo", thumbnail = "photo"'))
-    batch = next(load(read_config(folder / "both.toml"), "train").batches(0, 8, 0))
+    batch = next(load(config_file.read(folder / "both.toml"), "train").batches(0, 8, 0))
     assert batch.arrays["thumbnail"].shape == (8, 3, 8, 8)
     assert batch.arrays["photo"].shape == (8, FEATURES)
+
+
+@pytest.mark.usefixtures("bundle")
+def test_configuration_of_products_fits_rows_of_its_columns(folder: Path, tmp_path: Path) -> None:
+    """fashion-encoded.toml, with small networks in the place of its own."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(60):
+        colour = list(COLOURS)[number % 3]
+        row = {"image": photograph(colour, generator), "title": f"a new {colour} cup", "colour": colour}
+        row |= {name: f"{name} {number % 2}" for name in ("gender", "category", "subcategory", "article", "season", "usage")}
+        rows.append({**row, "year": 2010.0 + number % 4, "split": "train" if number < 40 else "test"})
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "fashion.parquet")
+    text = (CONFIGS / "fashion-encoded.toml").read_text()
+    text = text.replace('"fashion.toml"', f'"{CONFIGS / "fashion.toml"}"')
+    text = text.replace('"efficientnet-lite0"', f'"{folder / "tiny-photos"}"').replace(
+        '"all-minilm-l6-v2"', f'"{folder / "tiny-texts"}"'
+    )
+    text = text.replace("[data]", f'[data]\nrows_per_epoch = 40\ncache = "{tmp_path / "cache"}"', 1)
+    (tmp_path / "products.toml").write_text(text)
+    run("check", str(tmp_path / "products.toml"), "--data", str(tmp_path))
 
 
 @pytest.mark.skipif(not all(package.is_installed for package in PACKAGES.values()), reason="needs the packages of the networks")

@@ -41,7 +41,7 @@ HASHES = {
     "ablations/version-4.toml": "5a955b9bfcf1f6f558707170eed0d92a920da030b79404da332970561388547b",
     "ablations/wide.toml": "a35c67c3649253a326a91270abb5f8673973df5f8ff91549b5d6e15a889c00af",
     "birds-complete.toml": "a030318edce62ed2fcf13d8dce3d29e23a0f303bc90778d99ad979a1b8fac45e",
-    "birds-encoded.toml": "4478fc7f4dfb9c65856aa43cda9f0f3e1fdca0c44bf2d8d1b33dd4de18357db2",
+    "birds-encoded.toml": "a63b7d953586e131cb286baf4f5ab502ed8d9db5a10c9410ffcb8076aadc3bd1",
     "birds-features-contrast.toml": "6023f2fef1d9760e395a724f2fecca6f3f76cee05e1e244c57219fcde5e97e52",
     "birds-features-contrastive.toml": "ab7a4f67913ba4c5d150ce3ebfdc5c4e56230dcf3de871213819344dcfd709f9",
     "birds-features-plain.toml": "dd65863f9c1f72b391547f3080dacbf36c8d717fa2277eda61ae8c83f24e3a7f",
@@ -50,6 +50,7 @@ HASHES = {
     "digits-svhn.toml": "17ea839d0e57e9dba99d19ec97e2f8076cccc0a735d3134e743df47dff79d609",
     "digits-sound.toml": "8afea9c2e7e4d96f3d00f8279cc9dd53214a9ceef465bcad343ef604ccc298b5",
     "digits.toml": "cfaf8f01ac33dfd9d4f5cacbf6029b356173dfdf4ed4fce66c7c1c72512bc977",
+    "fashion-encoded.toml": "e6a8d8eb7dc14e6b2bfd8232ff7a75ba0f373183306d24bfe00f6270fc72cd43",
     "fashion.toml": "beb96587f62bc86d2dc77c5a64715edfe813d3c58a48d3fe929ad4b8d475bf41",
 }
 

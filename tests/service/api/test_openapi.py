@@ -6,7 +6,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from concord.model.modality import BinaryModality, CategoricalModality, ImageModality, TextModality, VectorModality
+from concord.model.modality import (
+    BinaryModality,
+    CategoricalModality,
+    EncodedModality,
+    ImageModality,
+    TextModality,
+    VectorModality,
+)
 from concord.model.runtime import Runtime
 from concord.service.api.openapi import document
 from concord.service.app import create
@@ -22,6 +29,7 @@ MODALITIES = (
     VectorModality(name="weight", size=1),
     CategoricalModality(name="year", classes=("2011", "2012", "--5", "007", "0.5")),
     BinaryModality(name="sold", attributes=("sold",)),
+    EncodedModality(name="review", kind="text", encoder="texts", size=4),
 )
 
 
@@ -44,6 +52,13 @@ def request_content(generated: dict[str, Any], path: str) -> dict[str, Any]:
         ({"sensor": {"data": "AAAA"}}, False),
         ({"title": "any words, known or not"}, True),
         ({"title": ""}, False),
+        ({"title": ["a", "b"]}, False),
+        ({"review": "a text"}, True),
+        ({"review": ["a text", "another one"]}, True),
+        ({"review": []}, False),
+        ({"review": ["a"] * 17}, False),
+        ({"review": ["a", 3]}, False),
+        ({"review": [0.5, 1, 2, 3]}, True),
         ({"brand": "acme"}, True),
         ({"brand": "Acme"}, False),
         ({"scan": {"data": "AAAA", "shape": [2, 2, 2], "dtype": "float32"}}, True),
