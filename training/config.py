@@ -137,6 +137,9 @@ class Data(_Table):
     random_shift: dict[str, PositiveInt] = Field(default={})
     """Image modalities that are shifted by up to this many pixels in each direction, and audio modalities that are shifted in
     time by up to this many frames, sampled in every epoch."""
+    word_dropout: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default={})
+    """Text modalities with the autoregressive likelihood, and the share of their tokens that the decoder does not see when it
+    predicts the next ones, sampled in every epoch (Bowman et al. 2016). Higher: the decoder relies more on z."""
     rows: Literal["all", "complete"] = "all"
     """Training rows. all: every row, with the modalities it has. complete: rows with all modalities. The test split always has
     all rows."""
@@ -462,6 +465,9 @@ class Config(_Table):
         texts = [m.name for m in self.modalities if isinstance(m, TextModality)]
         if wrong := [name for name in self.data.random_offset if name not in texts]:
             raise ValueError(f"data.random_offset names {wrong}, the text modalities are {texts}")
+        sequences = [m.name for m in self.modalities if isinstance(m, TextModality) and m.likelihood == "autoregressive"]
+        if wrong := [name for name in self.data.word_dropout if name not in sequences]:
+            raise ValueError(f"data.word_dropout names {wrong}, the autoregressive text modalities are {sequences}")
         images = [m.name for m in self.modalities if isinstance(m, ImageModality)]
         audio = [m.name for m in self.modalities if isinstance(m, AudioModality)]
         for key, title, allowed in (("random_flip", "image", images), ("random_shift", "image and audio", images + audio)):
