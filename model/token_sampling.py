@@ -33,7 +33,7 @@ def sample_tokens(
         FloatingPointError: a log-probability is NaN.
     """
     end = modality.categories
-    banned = [token for token in (modality.unknown_token, 0 if modality.unit == "word" else None) if token is not None]
+    banned = [token for token in (modality.unknown_token, 0 if modality.unit != "character" else None) if token is not None]
     tokens = np.zeros(noise.shape, np.int64)
     previous = np.full(len(noise), end, np.int64)
     unfinished = np.ones(len(noise), bool)

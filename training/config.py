@@ -150,7 +150,7 @@ class Data(_Table):
     bad_values: Literal["fail", "absent"] = "fail"
     """Treatment of unreadable values. fail: the run stops before training. absent: they count as absent, with a warning."""
     max_vocabulary: PositiveInt = 2000
-    """Largest vocabulary of a text modality. The most frequent words are kept."""
+    """Largest vocabulary of a text modality. The most frequent words, or subwords, are kept."""
     memory_mb: PositiveInt = 4096
     """Parsed values of one modality above this size are kept in a memory-mapped file in ``TMPDIR``."""
     cache: Path | None = None

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 
+from concord.model.codec.text import text_from_tokens
 from concord.model.modality import TextModality, VectorModality
 from concord.model.vae.generative import context_name
 from concord.training import config
@@ -83,21 +84,28 @@ def test_word_dropout_hides_words_from_the_decoder_only(vae: Concord, batch: Bat
     assert torch.equal(*posteriors)
 
 
-def test_word_dropout_hides_the_share_of_words_in_training_batches_only(tmp_path: Path) -> None:
-    captions = [f"a red bird number {row}" for row in range(200)]
+def write_captions(file: Path, captions: list[str]) -> None:
+    """Write rows of a number and a caption."""
     numbers = datasets.List(datasets.Value("float32"))
     features = datasets.Features({"vector": numbers, "caption": datasets.Value("string")})
-    rows = {"vector": [[float(row)] for row in range(200)], "caption": captions}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
-    source = config.Source(
-        train="rows.parquet", held_out=0.1, columns={"vector": "vector", "caption": "caption"}, licence="none"
-    )
-    caption = TextModality(name="caption", length=6, unit="word", likelihood="autoregressive")
-    settings = config.Config(
+    rows = {"vector": [[float(row)] for row in range(len(captions))], "caption": captions}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+
+
+def settings_of(folder: Path, caption: TextModality, **data: Any) -> config.Config:
+    columns = {"vector": "vector", "caption": "caption"}
+    source = config.Source(train="rows.parquet", held_out=0.1, columns=columns, licence="none")
+    return config.Config(
         name="tiny",
         modalities=(VectorModality(name="vector", size=1), caption),
-        data=config.Data(folder=tmp_path, pairing="row", sources=(source,), word_dropout={"caption": 0.3}),
+        data=config.Data(folder=folder, pairing="row", sources=(source,), **data),
     )
+
+
+def test_word_dropout_hides_the_share_of_words_in_training_batches_only(tmp_path: Path) -> None:
+    write_captions(tmp_path / "rows.parquet", [f"a red bird number {row}" for row in range(200)])
+    caption = TextModality(name="caption", length=6, unit="word", likelihood="autoregressive")
+    settings = settings_of(tmp_path, caption, word_dropout={"caption": 0.3})
     train = dataset.load(settings, "train")
     (first,), (again,), (other,) = (list(train.batches(epoch, 180, 0)) for epoch in (0, 0, 1))
     seen, tokens = first.arrays[context_name("caption")], first.arrays["caption"]
@@ -118,3 +126,16 @@ def test_word_dropout_hides_the_share_of_words_in_training_batches_only(tmp_path
         config.Config.model_validate(
             {**settings.model_dump(), "data": {**settings.data.model_dump(), "word_dropout": {"vector": 0.3}}}
         )
+
+
+def test_subwords_are_learned_from_the_training_rows(tmp_path: Path) -> None:
+    write_captions(tmp_path / "rows.parquet", [f"a reddish bird number {row}" for row in range(60)])
+    caption = TextModality(name="caption", length=20, unit="subword", likelihood="autoregressive")
+    train = dataset.load(settings_of(tmp_path, caption, max_vocabulary=290), "train")
+    learned = train.modalities[1]
+    assert isinstance(learned, TextModality)
+    assert learned.merges
+    assert 256 < learned.categories <= 291
+    texts = {text_from_tokens(learned, tokens) for tokens in train.columns["caption"].values}
+    assert "a reddish bird number 7" in texts or "a reddish bird number 8" in texts
+    assert all(text.startswith("a reddish bird number ") for text in texts)
