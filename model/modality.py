@@ -51,6 +51,8 @@ MAX_MODALITIES = 12
 """Of one model. Nothing in the method limits them; every subset of them can be in a request, and there are 2 ** M - 1."""
 PIXEL_STD = 0.25
 """Typical standard deviation of the pixels of photographs and of the values of spectrograms, in [0, 1]."""
+BYTES = 256
+"""Subwords of one byte."""
 FIRST_WORD = 2
 """Token of the vocabulary's first word. Token 0 is padding, token 1 is any word outside the vocabulary."""
 
@@ -175,14 +177,15 @@ class AudioModality(_ModalityBase):
 
 
 class TextModality(_ModalityBase):
-    """A text of at most ``length`` tokens. Each token is a character or a word."""
+    """A text of at most ``length`` tokens. Each token is a character, a word or a part of a word."""
 
     kind: Literal["text"] = "text"
     length: PositiveInt
     """Maximum number of tokens of a text. ``too_long`` says what happens to longer ones."""
-    unit: Literal["character", "word"] = Field(default="character", exclude_if=lambda unit: unit == "character")
+    unit: Literal["character", "word", "subword"] = Field(default="character", exclude_if=lambda unit: unit == "character")
     """Unit of a token. A word is a run of letters and digits; it may contain apostrophes, hyphens and dots inside. In scripts
-    without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word."""
+    without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word. Subwords are frequent
+    words and parts of words, learned from the training rows (byte pair encoding); they need the autoregressive likelihood."""
     segmentation: Segmentation = Field(default="letters", exclude_if=lambda rule: rule == "letters")
     """Rule that splits a text into words. ``unicode``, the default of a configuration: Unicode's word boundaries. ``letters``,
     the rule of manifests that do not name one: combining marks and joiners separate words, and a run of letters is one word in
@@ -191,6 +194,10 @@ class TextModality(_ModalityBase):
     """All characters. The first one is padding and is stripped from both ends. Empty: computed from the training rows."""
     vocabulary: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), exclude_if=lambda words: not words)
     """All words. Any other word becomes the unknown token, which is never generated. Empty: computed from the training rows."""
+    merges: tuple[Annotated[str, Field(pattern=r"^[^ ]+ [^ ]+$")], ...] | None = Field(
+        default=None, exclude_if=lambda merges: merges is None
+    )
+    """Of subwords: pairs of subwords that are merged into one, the first ones first. None: computed from the training rows."""
     lowercase: bool = True
     """Whether texts are converted to lower case."""
     too_long: Literal["refuse", "cut"] = Field(default="refuse", exclude_if=lambda policy: policy == "refuse")
@@ -209,8 +216,13 @@ class TextModality(_ModalityBase):
             raise ValueError("an alphabet needs a padding character and at least one other; U+FFFD must not come first")
         if len(set(self.vocabulary)) != len(self.vocabulary):
             raise ValueError("the vocabulary names a word twice: name each once")
-        if self.alphabet if self.unit == "word" else self.vocabulary:
-            raise ValueError('use an alphabet with unit = "character" and a vocabulary with unit = "word"')
+        given = {"character": self.alphabet, "word": self.vocabulary, "subword": self.merges is not None}
+        if any(value for unit, value in given.items() if unit != self.unit):
+            raise ValueError(
+                'use an alphabet with unit = "character", a vocabulary with unit = "word" and merges with unit = "subword"'
+            )
+        if self.unit == "subword" and self.likelihood != "autoregressive":
+            raise ValueError('unit = "subword" needs likelihood = "autoregressive": parts of a word depend on each other')
         return self
 
     @cached_property
@@ -222,7 +234,8 @@ class TextModality(_ModalityBase):
 
     @property
     def unknown_token(self) -> int | None:
-        """Token of characters or words outside the alphabet or vocabulary. None: a text that contains one is rejected."""
+        """Token of characters or words outside the alphabet or vocabulary. None: a text that contains one is rejected, or there
+        is none, as with subwords."""
         if self.unit == "word":
             return FIRST_WORD - 1
         return self.alphabet.find(UNKNOWN_CHARACTER) if UNKNOWN_CHARACTER in self.alphabet else None
@@ -230,6 +243,8 @@ class TextModality(_ModalityBase):
     @property
     def categories(self) -> int:
         """Number of different tokens."""
+        if self.unit == "subword":
+            return 1 + BYTES + len(dict.fromkeys(merge.replace(" ", "") for merge in self.merges or ()))
         return len(self.vocabulary) + FIRST_WORD if self.unit == "word" else len(self.alphabet)
 
     @property
@@ -410,12 +425,14 @@ def missing_statistics(modality: Modality) -> str | None:
     """Name of the field that must be computed from the training rows before a network can be built.
 
     Returns:
-        ``classes``, ``vocabulary``, ``alphabet`` or ``size`` if that field is empty. None if nothing is missing.
+        ``classes``, ``vocabulary``, ``alphabet``, ``merges`` or ``size`` if that field is empty. None if nothing is missing.
     """
     if isinstance(modality, CategoricalModality) and not modality.classes:
         return "classes"
     if isinstance(modality, EncodedModality) and not modality.size:
         return "size"
+    if isinstance(modality, TextModality) and modality.unit == "subword":
+        return "merges" if modality.merges is None else None
     if isinstance(modality, TextModality) and not (modality.vocabulary or modality.alphabet):
         return "vocabulary" if modality.unit == "word" else "alphabet"
     return None
@@ -466,7 +483,7 @@ def information(modality: Modality) -> float:
 
 def _size(modality: Modality) -> float:
     size = math.prod(modality.shape)
-    if isinstance(modality, CategoricalModality) or (isinstance(modality, TextModality) and modality.unit == "word"):
+    if isinstance(modality, CategoricalModality) or (isinstance(modality, TextModality) and modality.unit != "character"):
         return size * math.log(modality.categories)
     return float(size)
 

@@ -33,7 +33,7 @@ def sample_tokens(
         FloatingPointError: a log-probability is NaN.
     """
     end = modality.categories
-    banned = [token for token in (modality.unknown_token, 0 if modality.unit == "word" else None) if token is not None]
+    banned = [token for token in (modality.unknown_token, 0 if modality.unit != "character" else None) if token is not None]
     tokens = np.zeros(noise.shape, np.int64)
     previous = np.full(len(noise), end, np.int64)
     unfinished = np.ones(len(noise), bool)
@@ -82,9 +82,9 @@ def _sample(
     probabilities = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     if (top_p < 1).any():
-        order = np.argsort(-probabilities, axis=1, kind="stable")
-        ranked = np.take_along_axis(probabilities, order, axis=1)
-        kept = np.cumsum(ranked, axis=1) - ranked < top_p[:, np.newaxis]
-        np.put_along_axis(probabilities, order, np.where(kept, ranked, 0), axis=1)
+        ranked = np.sort(probabilities, axis=1)[:, ::-1]
+        kept = (np.cumsum(ranked, axis=1) - ranked < top_p[:, np.newaxis]).sum(axis=1)
+        least = np.take_along_axis(ranked, kept[:, np.newaxis] - 1, axis=1)
+        probabilities[probabilities < least] = 0
     cumulative = np.cumsum(probabilities, axis=1)
     return np.asarray((cumulative <= noise[:, np.newaxis] * cumulative[:, -1:]).sum(axis=1))

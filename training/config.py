@@ -141,6 +141,9 @@ class Data(_Table):
     random_contrast: dict[str, PositiveFloat] = Field(default={})
     """Audio modalities whose decibels below the loudest value are multiplied by a factor from exp(-x) to exp(x), sampled in
     every epoch. The level of the background noise then tells less of the speaker."""
+    word_dropout: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default={})
+    """Text modalities with the autoregressive likelihood, and the share of their tokens that the decoder does not see when it
+    predicts the next ones, sampled in every epoch (Bowman et al. 2016). Higher: the decoder relies more on z."""
     rows: Literal["all", "complete"] = "all"
     """Training rows. all: every row, with the modalities it has. complete: rows with all modalities. The test split always has
     all rows."""
@@ -151,7 +154,7 @@ class Data(_Table):
     bad_values: Literal["fail", "absent"] = "fail"
     """Treatment of unreadable values. fail: the run stops before training. absent: they count as absent, with a warning."""
     max_vocabulary: PositiveInt = 2000
-    """Largest vocabulary of a text modality. The most frequent words are kept."""
+    """Largest vocabulary of a text modality. The most frequent words, or subwords, are kept."""
     memory_mb: PositiveInt = 4096
     """Parsed values of one modality above this size are kept in a memory-mapped file in ``TMPDIR``."""
     cache: Path | None = None
@@ -466,6 +469,9 @@ class Config(_Table):
         texts = [m.name for m in self.modalities if isinstance(m, TextModality)]
         if wrong := [name for name in self.data.random_offset if name not in texts]:
             raise ValueError(f"data.random_offset names {wrong}, the text modalities are {texts}")
+        sequences = [m.name for m in self.modalities if isinstance(m, TextModality) and m.likelihood == "autoregressive"]
+        if wrong := [name for name in self.data.word_dropout if name not in sequences]:
+            raise ValueError(f"data.word_dropout names {wrong}, the autoregressive text modalities are {sequences}")
         images = [m.name for m in self.modalities if isinstance(m, ImageModality)]
         audio = [m.name for m in self.modalities if isinstance(m, AudioModality)]
         for key, title, allowed in (

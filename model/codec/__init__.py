@@ -249,8 +249,13 @@ def check_installed(modalities: Iterable[Modality]) -> None:
     for modality in modalities:
         if isinstance(modality, AudioModality):
             audio.check_installed()
-        elif isinstance(modality, EncodedModality) and modality.kind == "text" and find_spec("tokenizers") is None:
+        elif _needs_tokenizers(modality) and find_spec("tokenizers") is None:
             raise ImportError(f"the texts of {modality.name} need tokenizers: pip install 'concord-mvae[cpu]'")
+
+
+def _needs_tokenizers(modality: Modality) -> bool:
+    has_subwords = isinstance(modality, TextModality) and modality.unit == "subword"
+    return has_subwords or (isinstance(modality, EncodedModality) and modality.kind == "text")
 
 
 def _render_raw(array: Float32[np.ndarray, "channels height width"]) -> dict[str, Any]:

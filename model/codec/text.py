@@ -9,6 +9,7 @@ padded on the right with token 0.
   dots and zero-width joiners inside. All other characters separate words and are dropped. In scripts without spaces between
   words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character with its marks is a word, as in Unicode's word boundaries.
   A word outside the vocabulary becomes the unknown token: its position is kept, its meaning is lost.
+- ``unit = "subword"``: frequent words and parts of words, see ``subwords``. Every text has subwords.
 - A text with too many tokens is an error, or is cut if the modality says so.
 
 The unknown token is never generated: the most likely of the other tokens is used instead.
@@ -26,6 +27,7 @@ import numpy as np
 import regex
 from jaxtyping import Int64, Shaped
 
+from concord.model.codec import subwords
 from concord.model.codec.errors import CodecError, Limits, json_type
 from concord.model.modality import FIRST_WORD, Segmentation, TextModality
 
@@ -50,16 +52,22 @@ def tokenize(text: str, unit: str, lowercase: bool, segmentation: Segmentation =
     Args:
         segmentation: the rule for words, see ``TextModality.segmentation``.
     """
-    text = unicodedata.normalize("NFKC", text)
     if unit == "word" and segmentation == "unicode":
+        text = unicodedata.normalize("NFKC", text)
         for parts, vowel in _VOWELS_AM.items():
             text = text.replace(parts, vowel)
         if lowercase:
             text = text.replace("\u0130", "i").lower()  # Python lowers this capital to i and a combining dot
         words: list[str] = _WORD.findall(_INVISIBLE.sub("", text))
         return words
-    text = (text.lower() if lowercase else text).strip()
+    text = normalised(text, lowercase=lowercase)
     return _LETTERS.findall(text) if unit == "word" else list(text)
+
+
+def normalised(text: str, *, lowercase: bool) -> str:
+    """The text in Unicode's form NFKC, without white space around it, in lower case on demand."""
+    text = unicodedata.normalize("NFKC", text)
+    return (text.lower() if lowercase else text).strip()
 
 
 def tokens_from_text(modality: TextModality, value: object, limits: Limits) -> Int64[np.ndarray, " length"]:
@@ -74,6 +82,17 @@ def tokens_from_text(modality: TextModality, value: object, limits: Limits) -> I
         raise CodecError("wrong_type", f"a text is a string; received {json_type(value)}{several}")
     if len(value) > limits.text_characters:
         raise CodecError("too_large", f"the text has {len(value)} characters, {limits.text_characters} are allowed")
+    known = _subwords(modality, value) if modality.unit == "subword" else _known_tokens(modality, value)
+    if modality.too_long == "cut":
+        known = known[: modality.length]
+    if len(known) > modality.length:
+        raise CodecError("bad_text", f"the text has {len(known)} {modality.unit}s, at most {modality.length} are allowed")
+    tokens = np.zeros(modality.length, dtype=np.int64)
+    tokens[: len(known)] = known
+    return tokens
+
+
+def _known_tokens(modality: TextModality, value: str) -> list[int]:
     pieces = tokenize(value, modality.unit, modality.lowercase, modality.segmentation)
     if not "".join(pieces).strip(modality.alphabet[:1]):
         problem = "has no word" if modality.unit == "word" and value.strip() else "is empty"
@@ -84,13 +103,14 @@ def tokens_from_text(modality: TextModality, value: object, limits: Limits) -> I
         raise CodecError(
             "bad_text", f"characters outside the alphabet: {reprlib.repr(outside)}; allowed are {modality.alphabet!a}"
         )
-    if modality.too_long == "cut":
-        pieces = pieces[: modality.length]
-    if len(pieces) > modality.length:
-        raise CodecError("bad_text", f"the text has {len(pieces)} {modality.unit}s, at most {modality.length} are allowed")
-    tokens = np.zeros(modality.length, dtype=np.int64)
-    tokens[: len(pieces)] = [ids.get(piece, unknown or 0) for piece in pieces]
-    return tokens
+    return [ids.get(piece, unknown or 0) for piece in pieces]
+
+
+def _subwords(modality: TextModality, value: str) -> list[int]:
+    text = normalised(value, lowercase=modality.lowercase)
+    if not text:
+        raise CodecError("bad_text", "the text is empty: leave the modality out if it is absent")
+    return subwords.encode(modality.merges or (), text)
 
 
 def text_from_array(modality: TextModality, array: Shaped[np.ndarray, "length ..."]) -> str:
@@ -115,6 +135,8 @@ def tokens_from_array(modality: TextModality, array: Shaped[np.ndarray, "length 
 
 def text_from_tokens(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> str:
     """The text of token ids, without padding and unknown words."""
+    if modality.unit == "subword":
+        return subwords.decode(modality.merges or (), [token for token in tokens.tolist() if token]).strip()
     if modality.unit == "word":
         words = [modality.vocabulary[token - FIRST_WORD] for token in tokens.tolist() if token >= FIRST_WORD]
         return " ".join(words) if modality.segmentation == "letters" else _join(words)

@@ -20,6 +20,11 @@ from concord.model.vae.sequence_decoder import SequenceDecoder
 Arrays = Mapping[str, Shaped[Tensor, "batch ..."]]
 
 
+def context_name(modality: str) -> str:
+    """Name of the tokens that an autoregressive decoder sees in place of those of a text. Without them it sees the text."""
+    return f"{modality} context"  # no modality has a space in its name
+
+
 class Generative(nn.Module):
     """Decoders of z ~ N(0, I). A subclass adds its encoders and calls ``build_decoders``.
 
@@ -109,20 +114,26 @@ class Generative(nn.Module):
         self, arrays: Arrays, present: Bool[Tensor, "batch modality"], z: Float[Tensor, "batch sample latent"]
     ) -> Float[Tensor, "batch sample"]:
         """Return sum_m w_m log p(x_m | z) over the present modalities, for each sample, in weighted nats."""
-        terms = [
-            self.weights[m.name] * run_present(partial(self._log_likelihood, m), present[:, i], arrays[m.name], z)
-            for i, m in enumerate(self.modalities)
-        ]
+        terms = []
+        for i, m in enumerate(self.modalities):
+            context = [arrays[name] for name in (context_name(m.name),) if name in arrays]
+            log_likelihood = run_present(partial(self._log_likelihood, m), present[:, i], arrays[m.name], z, *context)
+            terms.append(self.weights[m.name] * log_likelihood)
         return torch.stack(terms, dim=-1).sum(-1)
 
     def _log_likelihood(
-        self, modality: Modality, x: Shaped[Tensor, "batch ..."], z: Float[Tensor, "batch sample latent"]
+        self,
+        modality: Modality,
+        x: Shaped[Tensor, "batch ..."],
+        z: Float[Tensor, "batch sample latent"],
+        context: Int64[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch sample"]:
         batch, samples = z.shape[:2]
         flat, x = z.flatten(0, 1), x.repeat_interleave(samples, dim=0)
         network = self.decoders[modality.name]
         if isinstance(network, SequenceDecoder):
-            return network.log_likelihood(flat, x).view(batch, samples)
+            seen = None if context is None else context.repeat_interleave(samples, dim=0)
+            return network.token_log_likelihoods(flat, x, seen).sum(1).view(batch, samples)
         if isinstance(network, WordsDecoder) and modality.likelihood == "categorical" and not is_tracing(z):
             return network.log_likelihood(flat, x).view(batch, samples)
         return log_likelihood(modality, network(flat).float(), x).view(batch, samples)

@@ -70,7 +70,7 @@ def encoder(modality: Modality, features: int, width: int, *, shallow: bool = Fa
     """
     if isinstance(modality, ImageModality | AudioModality):
         return _image_encoder(modality, features, width)
-    if isinstance(modality, TextModality) and modality.unit == "word":
+    if isinstance(modality, TextModality) and modality.unit != "character":
         return _WordsEncoder(modality, features)
     if isinstance(modality, TextModality | CategoricalModality):
         values = math.prod(modality.shape) * modality.categories

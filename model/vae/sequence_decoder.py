@@ -71,12 +71,11 @@ class SequenceDecoder(nn.Module):
         """Sizes of all axes but the batch."""
         return frozenset((*self.state_shape, HEADS, FEATURES // HEADS))
 
-    def log_likelihood(self, z: Float[Tensor, "batch latent"], tokens: Int[Tensor, "batch length"]) -> Float[Tensor, " batch"]:
-        """Return log p(tokens | z) of each row in nats."""
-        return self.token_log_likelihoods(z, tokens).sum(1)
-
     def token_log_likelihoods(
-        self, z: Float[Tensor, "batch latent"], tokens: Int[Tensor, "batch length"]
+        self,
+        z: Float[Tensor, "batch latent"],
+        tokens: Int[Tensor, "batch length"],
+        context: Int[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch length"]:
         """Return log p(x_t | x_1 ... x_{t-1}, z) of each token in nats: 0 after the end.
 
@@ -84,12 +83,14 @@ class SequenceDecoder(nn.Module):
 
         Args:
             tokens: observed ids. Those of absent rows may be out of range.
+            context: the tokens that later ones are predicted from, with ``end`` in place of hidden ones. None: ``tokens``.
         """
+        context = (tokens if context is None else context).clamp(0, self.end)
         tokens = tokens.clamp(0, self.end - 1)
         positions = torch.arange(self.length, device=tokens.device)
         lengths = ((tokens != 0) * (positions + 1)).amax(1, keepdim=True)
         targets = torch.where(positions == lengths, torch.full_like(tokens, self.end), tokens)
-        before = torch.cat((torch.full_like(tokens[:, :1], self.end), tokens[:, :-1]), dim=1)
+        before = torch.cat((torch.full_like(tokens[:, :1], self.end), context[:, :-1]), dim=1)
         # Linear layers get matrices: PyTorch cannot trace the gradient of others with a symbolic batch size.
         hidden = (self.tokens(before) + self.positions.weight + self.context(z).unsqueeze(1)).flatten(0, 1)
         for block in self.blocks:

@@ -120,6 +120,9 @@ def _text(modality: TextModality) -> dict[str, Any]:
     if modality.unit == "word":
         known = f"{len(modality.vocabulary)} words are known, all others are read as one unknown word."
         return {"type": "string", "minLength": 1, "description": f"{limit.format(modality.length)} text's words; {known}"}
+    if modality.unit == "subword":
+        known = "frequent words and parts of words."
+        return {"type": "string", "minLength": 1, "description": f"{limit.format(modality.length)} text's subwords: {known}"}
     schema: dict[str, Any] = {"type": "string"}
     if modality.unknown_token is None:
         schema["pattern"] = _pattern(modality)
@@ -168,6 +171,8 @@ def example(modality: Modality) -> Any:  # noqa: PLR0911 - one for each kind
     if isinstance(modality, CategoricalModality):
         return modality.classes[0]
     if isinstance(modality, TextModality):
+        if modality.unit == "subword":
+            return "a"  # any text of one byte has one subword
         known = modality.vocabulary or [c for c in modality.alphabet[1:] if not c.isspace()]
         return (" " if modality.vocabulary else "").join(known[: min(modality.length, 5)])
     if isinstance(modality, VectorModality):

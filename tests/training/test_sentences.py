@@ -1,12 +1,18 @@
 """Every training stage with autoregressive texts, some of them absent."""
 
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
+from concord.model.codec.text import text_from_tokens
+from concord.model.modality import TextModality, VectorModality
+from concord.model.vae.generative import context_name
 from concord.training import config
 from concord.training.concord import Concord
+from concord.training.data import dataset
 from concord.training.data.dataset import Batch
 from concord.training.distributed import Noise
 from concord.training.trainable import Stage
@@ -52,3 +58,84 @@ def test_loss_ignores_absent_texts_and_trains_their_decoder(
     gradients = torch.autograd.grad(loss, list(vae.decoders["caption"].parameters()), allow_unused=True)
     is_trained = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
     assert is_trained == (name in ("joint", "refiner", "align"))
+
+
+def test_word_dropout_hides_words_from_the_decoder_only(vae: Concord, batch: Batch) -> None:
+    caption = batch.arrays["caption"]
+    hidden = torch.full_like(caption, vae.modalities[1].categories)
+    z = torch.randn(ROWS, 1, vae.latent, generator=torch.Generator().manual_seed(0))
+    every = torch.ones_like(batch.present)
+
+    def log_likelihood(seen: torch.Tensor) -> torch.Tensor:
+        arrays = {**batch.arrays, context_name("caption"): seen}
+        return vae.weighted_log_likelihood(arrays, every, z)[:, 0]
+
+    torch.testing.assert_close(log_likelihood(caption), vae.weighted_log_likelihood(batch.arrays, every, z)[:, 0])
+    difference = (log_likelihood(hidden) - log_likelihood(caption)).abs()
+    has_several = (caption != 0).sum(1) > 1
+    assert (difference[has_several] > 1e-4).all()
+    # Hidden words are predicted too: the first word of a text does not depend on any.
+    first = torch.where(torch.arange(7) > 0, hidden, caption)
+    network: Any = vae.decoders["caption"]
+    terms = [network.token_log_likelihoods(z[:, 0], caption, seen) for seen in (caption, first, hidden)]
+    torch.testing.assert_close(terms[0][:, 0], terms[2][:, 0])
+    torch.testing.assert_close(terms[0][:, 1], terms[1][:, 1])
+    posteriors = [vae.joint({**batch.arrays, context_name("caption"): seen}, every).mean for seen in (caption, hidden)]
+    assert torch.equal(*posteriors)
+
+
+def write_captions(file: Path, captions: list[str]) -> None:
+    """Write rows of a number and a caption."""
+    numbers = datasets.List(datasets.Value("float32"))
+    features = datasets.Features({"vector": numbers, "caption": datasets.Value("string")})
+    rows = {"vector": [[float(row)] for row in range(len(captions))], "caption": captions}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+
+
+def settings_of(folder: Path, caption: TextModality, **data: Any) -> config.Config:
+    columns = {"vector": "vector", "caption": "caption"}
+    source = config.Source(train="rows.parquet", held_out=0.1, columns=columns, licence="none")
+    return config.Config(
+        name="tiny",
+        modalities=(VectorModality(name="vector", size=1), caption),
+        data=config.Data(folder=folder, pairing="row", sources=(source,), **data),
+    )
+
+
+def test_word_dropout_hides_the_share_of_words_in_training_batches_only(tmp_path: Path) -> None:
+    write_captions(tmp_path / "rows.parquet", [f"a red bird number {row}" for row in range(200)])
+    caption = TextModality(name="caption", length=6, unit="word", likelihood="autoregressive")
+    settings = settings_of(tmp_path, caption, word_dropout={"caption": 0.3})
+    train = dataset.load(settings, "train")
+    (first,), (again,), (other,) = (list(train.batches(epoch, 180, 0)) for epoch in (0, 0, 1))
+    seen, tokens = first.arrays[context_name("caption")], first.arrays["caption"]
+    hidden = seen == train.modalities[1].categories
+    assert abs(hidden.float().mean() - 0.3) < 0.05
+    assert torch.equal(seen[~hidden], tokens[~hidden])
+    assert torch.equal(again.arrays[context_name("caption")], seen)
+    assert not torch.equal(other.arrays[context_name("caption")] == train.modalities[1].categories, hidden)
+    resumed = next(train.batches(0, 60, 0, start=2))
+    assert torch.equal(
+        resumed.arrays[context_name("caption")], list(train.batches(0, 60, 0))[2].arrays[context_name("caption")]
+    )
+    for batch in train.batches(0, 60, 0, shuffle=False):
+        assert context_name("caption") not in batch.arrays
+    with pytest.raises(
+        ValueError, match=r"word_dropout names \['vector'\], the autoregressive text modalities are \['caption'\]"
+    ):
+        config.Config.model_validate(
+            {**settings.model_dump(), "data": {**settings.data.model_dump(), "word_dropout": {"vector": 0.3}}}
+        )
+
+
+def test_subwords_are_learned_from_the_training_rows(tmp_path: Path) -> None:
+    write_captions(tmp_path / "rows.parquet", [f"a reddish bird number {row}" for row in range(60)])
+    caption = TextModality(name="caption", length=20, unit="subword", likelihood="autoregressive")
+    train = dataset.load(settings_of(tmp_path, caption, max_vocabulary=290), "train")
+    learned = train.modalities[1]
+    assert isinstance(learned, TextModality)
+    assert learned.merges
+    assert 256 < learned.categories <= 291
+    texts = {text_from_tokens(learned, tokens) for tokens in train.columns["caption"].values}
+    assert "a reddish bird number 7" in texts or "a reddish bird number 8" in texts
+    assert all(text.startswith("a reddish bird number ") for text in texts)

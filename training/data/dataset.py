@@ -15,7 +15,8 @@ from torch import Tensor
 from concord.model.bundle.manifest import DataSource
 from concord.model.codec import check_installed
 from concord.model.encoder import EncoderFiles
-from concord.model.modality import EncodedModality, ImageModality, Modality
+from concord.model.modality import EncodedModality, ImageModality, Modality, TextModality
+from concord.model.vae.generative import context_name
 from concord.training.config import Config, Data
 from concord.training.data.augmentation import augment, change_contrast, sample_contrasts, sample_variations
 from concord.training.data.columns import Column, absence
@@ -31,7 +32,8 @@ class Batch:
     """Rows as network inputs."""
 
     arrays: dict[str, Shaped[Tensor, "batch ..."]]
-    """By modality, (batch, *modality.shape): images and spectrograms float32 in [0, 1], texts int64; zeros where absent."""
+    """By modality, (batch, *modality.shape): images and spectrograms float32 in [0, 1], texts int64; zeros where absent. In
+    training also the words that decoders see, see ``generative.context_name``."""
     present: Bool[Tensor, "batch modality"]
     """Which modalities each row has, in the order of the configuration. Every row has at least one."""
     labels: Int64[Tensor, " batch"] | None
@@ -107,6 +109,7 @@ class Dataset:
         }
         self._contrasts = {m.name: data.random_contrast[m.name] for m in self.modalities if m.name in data.random_contrast}
         self._encoded = {m.name for m in self.modalities if isinstance(m, EncodedModality)}
+        self._word_dropout = data.word_dropout
         self._multiple_texts = [m.name for m in self.modalities if self.columns[m.name].starts is not None]
         if rows_per_epoch is not None and rows_per_epoch > len(self):
             raise DataError(
@@ -148,8 +151,8 @@ class Dataset:
 
         A pure function of its arguments: step k gives the same batch whether or not earlier steps were read. A resumed run
         therefore continues exactly. Each epoch samples the order, the partner rows, the offsets of texts, one of the texts of a
-        row, and the augmentation of images and spectrograms. Without ``shuffle``, rows take their first text, or with a frozen
-        encoder the mean of the features of all, and nothing is augmented.
+        row, the words that decoders do not see, and the augmentation of images and spectrograms. Without ``shuffle``, rows take
+        their first text, or with a frozen encoder the mean of the features of all, and nothing is augmented or hidden.
 
         Args:
             epoch, seed: 0 and above.
@@ -182,11 +185,15 @@ class Dataset:
         for stream, (name, (flip, shift, vertical)) in enumerate(self._augmented.items() if shuffle else (), start=first):
             generator = _generator(seed, epoch, stream)
             variations[name] = sample_variations(len(rows), generator, flip=flip, shift=shift, vertical=vertical)
+        first += len(self._augmented)
         contrasts = {}
-        for stream, (name, strength) in enumerate(
-            self._contrasts.items() if shuffle else (), start=first + len(self._augmented)
-        ):
+        for stream, (name, strength) in enumerate(self._contrasts.items() if shuffle else (), start=first):
             contrasts[name] = sample_contrasts(len(rows), _generator(seed, epoch, stream), strength)
+        hidden = {}
+        first += len(self._contrasts)
+        for stream, (name, rate) in enumerate(self._word_dropout.items() if shuffle else (), start=first):
+            shape = (len(rows), self.columns[name].values.shape[1])
+            hidden[name] = _generator(seed, epoch, stream).random(shape, dtype=np.float32) < rate
         for step in range(start, steps):
             part = slice(step * batch_size, (step + 1) * batch_size)
             batch = self._batch(
@@ -196,6 +203,7 @@ class Dataset:
                 {name: offset[part] for name, offset in offsets.items()},
                 {name: variation[part] for name, variation in variations.items()},
                 {name: factors[part] for name, factors in contrasts.items()},
+                {name: words[part] for name, words in hidden.items()},
             )
             yield batch.to(self.device)
 
@@ -268,6 +276,7 @@ class Dataset:
         offsets: dict[str, NDArray[np.int64]],
         variations: dict[str, NDArray[np.int64]],
         contrasts: dict[str, NDArray[np.float32]],
+        hidden: dict[str, NDArray[np.bool_]],
     ) -> Batch:
         arrays, masks = {}, []
         for modality in self.modalities:
@@ -287,6 +296,9 @@ class Dataset:
                 values = np.divide(values, np.float32(255), dtype=np.float32)
             arrays[modality.name] = torch.from_numpy(values)
             masks.append(torch.from_numpy(present))
+            if modality.name in hidden and isinstance(modality, TextModality):
+                seen = np.where(hidden[modality.name], modality.categories, values)
+                arrays[context_name(modality.name)] = torch.from_numpy(seen)
         labels = self._tables[0].labels
         return Batch(arrays, torch.stack(masks, dim=1), None if labels is None else torch.from_numpy(labels[table_rows[0]]))
 

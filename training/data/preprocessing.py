@@ -1,13 +1,15 @@
 """Preprocessing parameters fitted to the training rows: mean and std of vectors, alphabets, vocabularies and classes."""
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from concord.model.codec.text import tokenize
+from concord.model.codec import subwords
+from concord.model.codec.text import normalised, tokenize
 from concord.model.modality import (
     UNKNOWN_CHARACTER,
     EncodedModality,
@@ -106,7 +108,15 @@ def _fit_mean_and_std(modality: VectorModality, rows: Rows, columns: tuple[str, 
 def _fit_tokens(
     modality: TextModality, rows: Rows, columns: tuple[str, ...], class_names: tuple[str, ...] | None, max_vocabulary: int
 ) -> dict[str, Any]:
-    """Return the field ``vocabulary`` (words, the most frequent first) or ``alphabet`` (characters, sorted)."""
+    """Return the field ``vocabulary`` (words, the most frequent first), ``merges`` (of subwords) or ``alphabet`` (characters,
+    sorted)."""
+    if modality.unit == "subword":
+        found = chain.from_iterable(read_names(rows, columns, modality, class_names))
+        first = next(found, None)
+        if first is None:
+            raise _no_rows(rows, columns, modality, class_names, "Set its merges, or remove the modality")
+        normal = (normalised(text, lowercase=modality.lowercase) for text in chain([first], found))
+        return {"merges": subwords.learn(normal, max_vocabulary)}
     counts: Counter[str] = Counter()
     for texts in read_names(rows, columns, modality, class_names):
         counts.update({token for text in texts for token in _tokens(modality, text)})

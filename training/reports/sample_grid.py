@@ -120,8 +120,8 @@ def _block_height(modalities: Sequence[Modality]) -> int:
 
 
 def _as_decoded(modality: Modality, values: Tensor) -> Tensor:
-    """Return data in the format of a decoder's expectation: tokens become one-hot vectors."""
-    if isinstance(modality, TextModality):
+    """Return data as a decoder returns it: tokens become one-hot vectors unless the decoder returns tokens."""
+    if isinstance(modality, TextModality) and modality.likelihood != "autoregressive":
         return torch.nn.functional.one_hot(values, modality.categories).float()
     return values
 
@@ -129,7 +129,7 @@ def _as_decoded(modality: Modality, values: Tensor) -> Tensor:
 def _tile(modality: Modality, value: np.ndarray, side: int) -> Image.Image:
     if isinstance(modality, TextModality):
         tile = Image.new("RGB", (side, side), (245, 245, 245))
-        text = cast(str, codec.render(modality, value.astype(np.float32))["text"])
+        text = cast(str, codec.render(modality, value)["text"])
         wrapped = textwrap.fill(text, side // LETTER_WIDTH, max_lines=side // LINE_HEIGHT, placeholder=" …")
         ImageDraw.Draw(tile).multiline_text(
             (side / 2, side / 2),

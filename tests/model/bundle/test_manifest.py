@@ -28,6 +28,7 @@ def format_of(*modalities: dict[str, Any]) -> int:
         ({"segmentation": "unicode"}, 4),
         ({"segmentation": "unicode", "unit": "character", "vocabulary": [], "alphabet": " a"}, 1),
         ({"segmentation": "unicode", "likelihood": "autoregressive"}, 6),
+        ({"unit": "subword", "vocabulary": [], "merges": ["a b"], "likelihood": "autoregressive"}, 6),
         ({"unit": "character", "vocabulary": [], "alphabet": " a", "likelihood": "autoregressive"}, 6),
     ],
 )

@@ -50,7 +50,7 @@ def test_one_pass_equals_the_steps(modality: TextModality, network: SequenceDeco
         terms.append(torch.where(position <= lengths, scores.gather(1, target.unsqueeze(1))[:, 0], 0.0))
         previous = x[:, position]
     torch.testing.assert_close(network.token_log_likelihoods(z, x), torch.stack(terms, dim=1))
-    torch.testing.assert_close(network.log_likelihood(z, x), torch.stack(terms).sum(0))
+    torch.testing.assert_close(network.token_log_likelihoods(z, x).sum(1), torch.stack(terms).sum(0))
 
 
 def test_a_token_depends_on_earlier_tokens_only(modality: TextModality, network: SequenceDecoder) -> None:
@@ -74,8 +74,8 @@ def test_log_likelihood_depends_on_z_and_is_finite_for_filler_out_of_range(
     modality: TextModality, network: SequenceDecoder
 ) -> None:
     x, z = texts(modality), latents(modality.length).requires_grad_()
-    (gradient,) = torch.autograd.grad(network.log_likelihood(z, x).sum(), z)
+    (gradient,) = torch.autograd.grad(network.token_log_likelihoods(z, x).sum(1).sum(), z)
     assert (gradient.abs().amax(1) > 1e-3).all()
     filler = torch.full_like(x, 10**6)
-    assert network.log_likelihood(z, filler).isfinite().all()
-    assert network.log_likelihood(z, -filler).isfinite().all()
+    assert network.token_log_likelihoods(z, filler).sum(1).isfinite().all()
+    assert network.token_log_likelihoods(z, -filler).sum(1).isfinite().all()

@@ -15,10 +15,11 @@ from concord.training.reports.sample_grid import MAX_HEIGHT, grid_caption, rende
 
 
 def modalities(kinds: str, side: int = 8) -> list[Modality]:
-    """Return a modality for each letter: i(mage), t(ext), c(ategorical), v(ector)."""
+    """Return a modality for each letter: i(mage), t(ext), s(entence), c(ategorical), v(ector)."""
     make: dict[str, Callable[[str], Modality]] = {
         "i": lambda name: ImageModality(name=name, channels=3, height=side, width=side),
         "t": lambda name: TextModality(name=name, length=3, alphabet=" ab"),
+        "s": lambda name: TextModality(name=name, length=3, alphabet=" ab", likelihood="autoregressive"),
         "c": lambda name: CategoricalModality(name=name, classes=("a", "b")),
         "v": lambda name: VectorModality(name=name, size=2, mean=(0.0, 0.0), std=(1.0, 1.0)),
     }
@@ -29,7 +30,9 @@ def batch_of(chosen: list[Modality], make_rows: Any) -> Batch:
     return Batch(make_rows(chosen, sample_grid.ROWS), torch.ones(sample_grid.ROWS, len(chosen), dtype=torch.bool), None)
 
 
-@pytest.mark.parametrize(("kinds", "side"), [("ittccccc", 80), ("iiiiiiii", 64), ("tcv", 8), ("cv", 8), ("it", 8), ("iiit", 8)])
+@pytest.mark.parametrize(
+    ("kinds", "side"), [("ittccccc", 80), ("iiiiiiii", 64), ("tcv", 8), ("cv", 8), ("it", 8), ("is", 8), ("iiit", 8)]
+)
 def test_grid_is_at_most_2000_pixels_high(make_vae: Any, make_rows: Any, kinds: str, side: int) -> None:
     chosen = modalities(kinds, side)
     image = render_grid(make_vae(chosen), batch_of(chosen, make_rows))

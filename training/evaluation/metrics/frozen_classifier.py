@@ -62,7 +62,7 @@ class WordClassifier:
         self.modality = modality
         self._classes = {name.lower() if modality.lowercase else name: number for number, name in enumerate(class_names)}
 
-    def classify(self, values: Float[Tensor, "batch length token"]) -> Int64[Tensor, " batch"]:
+    def classify(self, values: Shaped[Tensor, "batch length ..."]) -> Int64[Tensor, " batch"]:
         texts = [codec.render(self.modality, array)["text"].strip() for array in values.numpy()]
         return torch.tensor([self._classes.get(text, NO_CLASS) for text in texts])
 

@@ -6,15 +6,15 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from concord.model.modality import FIRST_WORD, TextModality
+from concord.model.modality import TextModality
 
 Tokens = tuple[int, ...]
 
 
 def written(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> Tokens:
     """Return the tokens of a text without padding around it, as ``codec.text_from_tokens`` writes them."""
-    if modality.unit == "word":
-        return tuple(token for token in tokens.tolist() if token >= FIRST_WORD)
+    if modality.unit != "character":
+        return tuple(token for token in tokens.tolist() if token and token != modality.unknown_token)
     places = np.flatnonzero(tokens)
     return tuple(tokens[places[0] : places[-1] + 1].tolist()) if len(places) else ()
 

@@ -112,7 +112,7 @@ def test_objective_has_the_log_likelihood_of_the_text(
     inputs = {name: array.numpy() for name, array in sentence_rows.items()}
     _, objective = runtime.refine(inputs, present, q, q, np.zeros((14, 2, sentence_vae.latent), np.float32))
     network: Any = sentence_vae.decoders["caption"]
-    expected = sentence_vae.weights["caption"] * network.log_likelihood(
+    expected = sentence_vae.weights["caption"] * network.token_log_likelihoods(
         torch.zeros(14, sentence_vae.latent), sentence_rows["caption"]
-    )
+    ).sum(1)
     np.testing.assert_allclose(objective, expected.numpy(), rtol=1e-4)

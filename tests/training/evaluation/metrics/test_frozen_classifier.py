@@ -78,3 +78,11 @@ def test_frozen_classifiers_without_label_column_are_rejected(fitted: Any, tmp_p
     unlabelled = settings.model_copy(update={"data": settings.data.model_copy(update={"sources": (source,)})})
     with pytest.raises(DataError, match="labelled classes"):
         frozen_classifiers(unlabelled, train, tmp_path, Progress())
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "autoregressive"])
+def test_word_classifier_reads_what_the_decoder_returns(likelihood: Any) -> None:
+    modality = TextModality(name="word", length=4, alphabet=" abc", likelihood=likelihood)
+    tokens = torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0], [2, 2, 0, 0]])
+    values = tokens if likelihood == "autoregressive" else torch.nn.functional.one_hot(tokens, 4).float()
+    assert WordClassifier(modality, ["c", "ab"]).classify(values).tolist() == [1, 0, frozen_classifier.NO_CLASS]
