@@ -23,9 +23,10 @@ def noise(seed: int, index: int, stream: Stream, count: int, latent: int) -> Flo
     return np.random.Generator(np.random.Philox(key=key)).standard_normal((count, latent), dtype=np.float32)
 
 
-def antithetic(half: Float32[np.ndarray, "half latent"], count: int) -> Float32[np.ndarray, "count latent"]:
+def antithetic(half: Float32[np.ndarray, "*batch half latent"], count: int) -> Float32[np.ndarray, "*batch count latent"]:
     """Pairs (eps, -eps, ...): their mean is exactly zero, which lowers the variance of the objective."""
-    return np.stack([half, -half], axis=1).reshape(-1, half.shape[1])[:count]
+    *batch, _, latent = half.shape
+    return np.stack([half, -half], axis=-2).reshape(*batch, -1, latent)[..., :count, :]
 
 
 class RefinementState:
