@@ -23,7 +23,7 @@ from concord.model.runtime.branch_absent import branch_absent
 from concord.model.runtime.device import CudaError, Device, choose_device
 from concord.model.runtime.fixed_batches import FixedBatches, batch_sizes
 from concord.model.runtime.frozen import CPU_ROWS, GPU_ROWS, FrozenEncoder
-from concord.model.runtime.refinement_table import POSTERIOR, RESULT, SLOTS, RefinementTable, table, with_tables
+from concord.model.runtime.refinement_table import ANCHOR, POSTERIOR, RESULT, SLOTS, RefinementTable, table, with_tables
 from concord.model.runtime.skip_absent import skip_absent
 from concord.model.token_sampling import NextToken, sample_tokens, token_log_probabilities
 
@@ -40,6 +40,11 @@ class Posterior:
 
     mean: Float32[np.ndarray, "batch latent"]
     log_var: Float32[np.ndarray, "batch latent"]
+
+    @property
+    def parameters(self) -> Float32[np.ndarray, "batch parameters"]:
+        """Mean and log variance in one row, (batch, 2 · latent)."""
+        return np.concatenate([self.mean, self.log_var], axis=1)
 
 
 class Runtime:
@@ -153,7 +158,7 @@ class Runtime:
         """
         rows = len(present)
         slots = np.arange(rows) % (self.batch_sizes[-1] if self._is_fixed else rows)  # of its batch
-        feed = {**self.table_rows(inputs, present, posterior, anchor, noise), SLOTS: slots}
+        feed = {**self.table_rows(inputs, present, posterior.parameters, anchor.parameters, noise), SLOTS: slots}
         (result,) = self._refine.run([RESULT], feed)
         return Posterior(result[:, : self.latent], result[:, self.latent : -1]), result[:, -1]
 
@@ -161,18 +166,21 @@ class Runtime:
         self,
         inputs: Inputs,
         present: Bool[np.ndarray, "batch modality"],
-        posterior: Posterior,
-        anchor: Posterior,
+        posterior: Float32[np.ndarray, "batch parameters"],
+        anchor: Float32[np.ndarray, "batch parameters"],
         noise: Float32[np.ndarray, "batch sample latent"],
     ) -> dict[str, Shaped[np.ndarray, "batch ..."]]:
-        """Return the arguments of ``refine`` by the name of their table."""
+        """Return the arguments of ``refine`` by the name of their table.
+
+        Args:
+            posterior, anchor: mean and log variance in one row, (batch, 2 · latent).
+        """
         return {
             **{table(name): array for name, array in _feed(inputs).items()},
             table("present"): present,
-            table("anchor_mean"): anchor.mean,
-            table("anchor_log_var"): anchor.log_var,
             table("noise"): noise,
-            POSTERIOR: np.concatenate([posterior.mean, posterior.log_var], axis=1),
+            POSTERIOR: posterior,
+            ANCHOR: anchor,
         }
 
     def refinement_table(self, capacity: int) -> RefinementTable:
@@ -276,8 +284,8 @@ class Runtime:
         """Return a function that runs one refinement step of complete rows of zeros in a table, to be timed."""
         inputs = {m.name: np.zeros((rows, *m.shape), dtype=m.dtype) for m in self.modalities}
         present = np.ones((rows, len(self.modalities)), dtype=bool)
-        zeros = np.zeros((rows, self.latent), dtype=np.float32)
-        posterior, noise = Posterior(zeros, zeros), np.zeros((rows, self.noise_samples, self.latent), dtype=np.float32)
+        posterior = np.zeros((rows, 2 * self.latent), dtype=np.float32)
+        noise = np.zeros((rows, self.noise_samples, self.latent), dtype=np.float32)
         held = self.refinement_table(rows)
         slots = held.take(self.table_rows(inputs, present, posterior, posterior, noise))
         return lambda: self.step(held, slots)

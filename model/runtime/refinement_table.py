@@ -4,8 +4,7 @@ A table holds one array of many rows, such as a modality or the noise, on the de
 the first axis, in all tables. It is written there once. See README.md in this folder.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -20,9 +19,14 @@ from concord.model.runtime.fixed_batches import FixedBatches
 SLOTS = "step/slots"
 POSTERIOR = "step/posterior"
 """Table of mean and log variance, (slot, 2 · latent). The only one that a step changes."""
+ANCHOR = "step/anchor"
+"""Table of the anchor's mean and log variance, (slot, 2 · latent)."""
 NEXT_POSTERIOR = "step/next_posterior"
 RESULT = "step/result"
 """What the host needs of a step: next mean, next log variance and objective, (batch, 2 · latent + 1)."""
+Rows = Mapping[str, Shaped[np.ndarray, "batch ..."]]
+"""Arrays of some rows, by name of their table."""
+_Write = Callable[[Sequence[int], Rows], None]
 _DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
 
 
@@ -34,9 +38,10 @@ def table(name: str) -> str:
 def with_tables(content: bytes) -> bytes:
     """The refine graph, reading its rows from tables.
 
-    Inputs: ``slots`` (batch,), ``POSTERIOR`` and the table of every other input. Outputs: ``RESULT``, and ``NEXT_POSTERIOR``,
-    which is ``POSTERIOR`` with the rows of ``slots`` replaced. A caller binds both to the same memory. That is safe because the
-    replacement is the last node: it needs ``RESULT``, which needs all others. A run that fails has changed nothing.
+    Inputs: ``SLOTS`` (batch,), ``POSTERIOR``, ``ANCHOR`` and the table of every other input. Outputs: ``RESULT``, and
+    ``NEXT_POSTERIOR``, which is ``POSTERIOR`` with the rows of the slots replaced. A caller binds both to the same memory. That
+    is safe because the replacement is the last node: it needs ``RESULT``, which needs all others. A run that fails has changed
+    nothing.
 
     Args:
         content: an ONNX graph with the inputs and outputs of ``export.graphs.refine_graph``.
@@ -46,20 +51,19 @@ def with_tables(content: bytes) -> bytes:
     latent = next(value for value in graph.input if value.name == "mean").type.tensor_type.shape.dim[1].dim_value
     batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     inputs, before = [helper.make_tensor_value_info(SLOTS, TensorProto.INT64, [batch])], []
+    for name, parts in ((POSTERIOR, ("mean", "log_var")), (ANCHOR, ("anchor_mean", "anchor_log_var"))):
+        inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["slot", 2 * latent]))
+        before.append(helper.make_node("Gather", [name, SLOTS], [f"{name}/rows"], axis=0))
+        before.append(helper.make_node("Split", [f"{name}/rows", "step/halves"], parts, axis=1))
+    made = {output for node in before for output in node.output}
     for value in graph.input:
-        if value.name in ("mean", "log_var"):
-            continue
-        copy = onnx.ValueInfoProto()
-        copy.CopyFrom(value)
-        copy.name = table(value.name)
-        copy.type.tensor_type.shape.dim[0].dim_param = "slot"
-        inputs.append(copy)
-        before.append(helper.make_node("Gather", [copy.name, SLOTS], [value.name], axis=0))
-    inputs.append(helper.make_tensor_value_info(POSTERIOR, TensorProto.FLOAT, ["slot", 2 * latent]))
-    before += [
-        helper.make_node("Gather", [POSTERIOR, SLOTS], ["step/start"], axis=0),
-        helper.make_node("Split", ["step/start", "step/halves"], ["mean", "log_var"], axis=1),
-    ]
+        if value.name not in made:
+            copy = onnx.ValueInfoProto()
+            copy.CopyFrom(value)
+            copy.name = table(value.name)
+            copy.type.tensor_type.shape.dim[0].dim_param = "slot"
+            inputs.append(copy)
+            before.append(helper.make_node("Gather", [copy.name, SLOTS], [value.name], axis=0))
     after = [
         helper.make_node("Unsqueeze", ["objective", "step/one"], ["step/objective"]),
         helper.make_node("Concat", ["next_mean", "next_log_var", "step/objective"], [RESULT], axis=1),
@@ -110,7 +114,8 @@ class RefinementTable:
         arrays = {value.name: np.zeros((capacity + 1, *value.shape[1:]), _DTYPES[value.type]) for value in values}
         arrays[table("present")][self._padding] = True
         self._tables = {name: device_array(array, device) for name, array in arrays.items()}
-        self._write = _Write(self._tables, device)
+        # On a CPU the tables are the arrays. On a GPU a graph writes the rows, since no call of ONNX Runtime writes a part.
+        self._write = _write_array(arrays) if device.is_cpu else _write_on_device(self._tables, device)
         self._free = list(range(capacity - 1, -1, -1))
         self._runs: dict[int, BoundRun] = {}
 
@@ -119,11 +124,11 @@ class RefinementTable:
         """Slots without a row."""
         return len(self._free)
 
-    def take(self, rows: Mapping[str, Shaped[np.ndarray, "batch ..."]]) -> list[int]:
+    def take(self, rows: Rows) -> list[int]:
         """Write rows into free slots, and return these.
 
         Args:
-            rows: by name of the table. At least one row.
+            rows: of every table, at least one row.
 
         Raises:
             RuntimeError: there are fewer free slots. None is taken then, or if the device raises another error.
@@ -176,32 +181,40 @@ class RefinementTable:
         return run
 
 
-class _Write:
-    """Writes rows into tables on the device."""
+def _write_array(arrays: Mapping[str, Shaped[np.ndarray, "slot ..."]]) -> _Write:
+    """Return a function that writes rows into arrays."""
 
-    def __init__(self, tables: Mapping[str, Any], device: Device) -> None:
-        dtypes = {name: (value.element_type(), value.shape()[1:]) for name, value in tables.items()}
-        inputs = [helper.make_tensor_value_info(SLOTS, TensorProto.INT64, ["batch", 1])]
-        outputs, nodes = [], []
-        for name, (dtype, shape) in dtypes.items():
-            inputs.append(helper.make_tensor_value_info(name, dtype, ["slot", *shape]))
-            inputs.append(helper.make_tensor_value_info(f"{name}/rows", dtype, ["batch", *shape]))
-            outputs.append(helper.make_tensor_value_info(f"{name}/written", dtype, ["slot", *shape]))
-            nodes.append(helper.make_node("ScatterND", [name, SLOTS, f"{name}/rows"], [f"{name}/written"]))
-        graph = helper.make_graph(nodes, "write", inputs, outputs)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=device.providers, enable_fallback=0
-        )
-        self._binding = self._session.io_binding()
-        for name, value in tables.items():
-            self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(f"{name}/written", value)
-
-    def __call__(self, slots: Sequence[int], rows: Mapping[str, Shaped[np.ndarray, "batch ..."]]) -> None:
-        self._binding.bind_cpu_input(SLOTS, np.array(slots, np.int64)[:, np.newaxis])
+    def write(slots: Sequence[int], rows: Rows) -> None:
         for name, values in rows.items():
-            self._binding.bind_cpu_input(f"{name}/rows", values)
-        self._session.run_with_iobinding(self._binding)
+            arrays[name][slots] = values
+
+    return write
+
+
+def _write_on_device(tables: Mapping[str, onnxruntime.OrtValue], device: Device) -> _Write:
+    """Return a function that writes rows into tables on a device, with a graph whose outputs are its inputs."""
+    inputs = [helper.make_tensor_value_info(SLOTS, TensorProto.INT64, ["batch", 1])]
+    outputs, nodes = [], []
+    for name, value in tables.items():
+        dtype, shape = value.element_type(), value.shape()[1:]
+        inputs.append(helper.make_tensor_value_info(name, dtype, ["slot", *shape]))
+        inputs.append(helper.make_tensor_value_info(f"{name}/rows", dtype, ["batch", *shape]))
+        outputs.append(helper.make_tensor_value_info(f"{name}/written", dtype, ["slot", *shape]))
+        nodes.append(helper.make_node("ScatterND", [name, SLOTS, f"{name}/rows"], [f"{name}/written"]))
+    graph = helper.make_graph(nodes, "write", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=device.providers, enable_fallback=0)
+    binding = session.io_binding()
+    for name, value in tables.items():
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(f"{name}/written", value)
+
+    def write(slots: Sequence[int], rows: Rows) -> None:
+        binding.bind_cpu_input(SLOTS, np.array(slots, np.int64)[:, np.newaxis])
+        for name, values in rows.items():
+            binding.bind_cpu_input(f"{name}/rows", values)
+        session.run_with_iobinding(binding)
+
+    return write

@@ -38,9 +38,10 @@ def token_noise(seed: int, index: int, modality: int, count: int, length: int) -
     return np.random.Generator(np.random.Philox(key=key)).random((count, length), dtype=np.float32)
 
 
-def antithetic(half: Float32[np.ndarray, "half latent"], count: int) -> Float32[np.ndarray, "count latent"]:
+def antithetic(half: Float32[np.ndarray, "*batch half latent"], count: int) -> Float32[np.ndarray, "*batch count latent"]:
     """Pairs (eps, -eps, ...): their mean is exactly zero, which lowers the variance of the objective."""
-    return np.stack([half, -half], axis=1).reshape(-1, half.shape[1])[:count]
+    *batch, _, latent = half.shape
+    return np.stack([half, -half], axis=-2).reshape(*batch, -1, latent)[..., :count, :]
 
 
 class RefinementState:

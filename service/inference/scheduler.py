@@ -277,13 +277,12 @@ class Scheduler:
     def _take_slots(self, rows: list[Row]) -> None:
         """Write rows into the table. The anchor is the prior for complete rows, else the aligned posterior."""
         inputs, present = collate(self._runtime.modalities, [row.inputs for row in rows])
-        start = Posterior(np.stack([row.mean for row in rows]), np.stack([row.log_var for row in rows]))
-        incomplete = ~present.all(axis=1, keepdims=True)
-        anchor = Posterior(start.mean * incomplete, start.log_var * incomplete)
-        count = self._runtime.noise_samples
-        halves = [noise(row.job.seed, row.job.index, Stream.REFINE, (count + 1) // 2, self._runtime.latent) for row in rows]
-        noises = np.stack([antithetic(half, count) for half in halves])
-        slots = self._table.take(self._runtime.table_rows(inputs, present, start, anchor, noises))
+        start = np.array([row.state.best for row in rows if row.state is not None])
+        anchor = start * ~present.all(axis=1, keepdims=True)
+        count, latent = self._runtime.noise_samples, self._runtime.latent
+        halves = [noise(row.job.seed, row.job.index, Stream.REFINE, (count + 1) // 2, latent) for row in rows]
+        eps = antithetic(np.array(halves), count)
+        slots = self._table.take(self._runtime.table_rows(inputs, present, start, anchor, eps))
         for row, slot in zip(rows, slots, strict=True):
             row.slot = slot
 

@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import orjson
+from onnx import helper
 
 from concord.model import bundle
 from concord.model.modality import collate
 from concord.model.runtime import Posterior, Runtime
+from concord.service.inference.jobs import InferenceJob, RefinementLimits
+from concord.service.inference.scheduler import NullObserver, Row, Scheduler
 from tests.benchmarks.competitors.digits import DigitsEncoder
 from tests.benchmarks.items import photo_items, word_items
 from tests.benchmarks.process import SERVER_CORE
@@ -64,6 +68,46 @@ def refine_steps(seconds: float) -> dict[str, float]:
     return {
         str(rows): seconds_per_call(partial(runtime.refine, *_refine_arguments(runtime, rows)), seconds) for rows in (1, 32)
     }
+
+
+def refinement_tick(seconds: float) -> dict[str, float]:
+    """Return the seconds of one tick of the scheduler without the refine graph's own time, for 1 and 32 complete rows.
+
+    The graph copies its posterior and adds up one number of each input, so that the inputs reach it.
+    """
+    return {str(rows): seconds_per_call(_scheduler_with_rows(rows).step, seconds) for rows in (1, 32)}
+
+
+def _scheduler_with_rows(rows: int) -> Scheduler:
+    """Return a scheduler with rows whose refinement costs nothing and never ends."""
+    opened = bundle.read(bundle.builtin(bundle.DEFAULT_BUNDLE))
+    runtime = Runtime(_CheapRefinement(opened.path, opened.manifest, opened.sha256), threads=1)
+    scheduler = Scheduler(runtime, max_batch=32, observer=NullObserver())
+    row = {m.name: np.ones(m.shape, m.dtype) for m in runtime.modalities}
+    limits = RefinementLimits(steps=sys.maxsize)
+    scheduler.add([Row(InferenceJob(row, 0, index, limits), time.monotonic()) for index in range(rows)])
+    return scheduler
+
+
+class _CheapRefinement(bundle.Bundle):
+    """The same bundle, with a refine graph of the same inputs and outputs that does next to nothing."""
+
+    def content(self, name: str) -> bytes:
+        content = super().content(name)
+        if name != self.manifest.graphs.refine:
+            return content
+        graph = onnx.load_model_from_string(content).graph
+        nodes = [helper.make_node("Identity", [part], [f"next_{part}"]) for part in ("mean", "log_var")]
+        for value in graph.input:
+            nodes += [
+                helper.make_node("Flatten", [value.name], [f"{value.name}/flat"], axis=1),
+                helper.make_node("Gather", [f"{value.name}/flat", "first"], [f"{value.name}/first"], axis=1),
+                helper.make_node("Cast", [f"{value.name}/first"], [f"{value.name}/float"], to=onnx.TensorProto.FLOAT),
+            ]
+        nodes.append(helper.make_node("Sum", [f"{value.name}/float" for value in graph.input], ["objective"]))
+        first = onnx.numpy_helper.from_array(np.array(0), "first")
+        cheap = helper.make_graph(nodes, "cheap", list(graph.input), list(graph.output), [first])
+        return helper.make_model(cheap, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
 
 
 def refine_with_torch(seconds: float) -> dict[str, float]:
@@ -176,7 +220,7 @@ def _refine_arguments(runtime: Runtime, rows: int) -> tuple[dict[str, Any], Any,
 
 
 FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    function.__name__: function for function in (encode_rates, refine_steps, refine_with_torch, scaling_point)
+    function.__name__: function for function in (encode_rates, refine_steps, refinement_tick, refine_with_torch, scaling_point)
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ def _minimal_duration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "MIN_CALLS", 1)
 
 
-@pytest.mark.parametrize(("name", "figures"), [("encode_rates", 4), ("refine_steps", 2), ("refine_with_torch", 2)])
+@pytest.mark.parametrize(
+    ("name", "figures"), [("encode_rates", 4), ("refine_steps", 2), ("refinement_tick", 2), ("refine_with_torch", 2)]
+)
 def test_loop_measures_every_figure_on_the_built_in_bundle(name: str, figures: int) -> None:
     measured = loops.FUNCTIONS[name](0.0)
     assert len(measured) == figures

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from concord.model import bundle
 from concord.model.runtime.branch_absent import branch_absent
+from concord.model.runtime.refinement_table import table, with_tables
 
 OUTPUTS = ["next_mean", "next_log_var", "objective"]
 BUNDLES = (pytest.param("tiny", marks=pytest.mark.slow), "digits", "birds")
@@ -82,6 +84,19 @@ def test_branch_absent_decoders_of_absent_modalities_do_not_run(
     shared = (sum(unimodal) - kernels([True] * count)) / (count - 1)  # those of the refiner, which always runs
     assert shared.is_integer()
     assert 0 < shared < min(unimodal)
+
+
+def test_branch_absent_reads_only_the_tables_of_modalities_that_a_row_has(opened: bundle.Bundle) -> None:
+    """The rows of absent modalities are not even copied: reading their table is a node of their branch."""
+    content = with_tables(opened.content(opened.manifest.graphs.refine))
+    tables = [table(name) for name in names(opened)]
+    branched = onnx.load_model_from_string(branch_absent(content, opened.content(bundle.WEIGHTS), tables))
+    outside = {tensor for node in branched.graph.node for tensor in node.input}
+    assert not outside.intersection(tables)
+    branches = {
+        tensor for node in branched.graph.node for branch in node.attribute for inner in branch.g.node for tensor in inner.input
+    }
+    assert branches.issuperset(tables)
 
 
 def test_branch_absent_inseparable_modalities_return_the_graph_unchanged() -> None:
