@@ -20,7 +20,15 @@ from pydantic import (
     model_validator,
 )
 
-from concord.model.modality import MAX_MODALITIES, AudioModality, ImageModality, Modality, TextModality, WeightRule
+from concord.model.modality import (
+    MAX_MODALITIES,
+    AudioModality,
+    EncodedModality,
+    ImageModality,
+    Modality,
+    TextModality,
+    WeightRule,
+)
 
 DEVICES = r"^(auto|cpu|cuda|cuda:\d{1,2}|mps)$"
 """Names of devices."""
@@ -133,6 +141,9 @@ class Data(_Table):
     """row: the rows of a single source. class: each row of the first source with random rows of the others of its class."""
     random_offset: tuple[str, ...] = ()
     """Text modalities that start at a random position within their length, sampled in every epoch."""
+    average_texts: tuple[str, ...] = ()
+    """Text modalities with a frozen encoder whose rows have several texts. Training takes the mean of the features of a random
+    number of a row's texts, sampled in every epoch, from one to all. Others: of one text."""
     random_flip: tuple[str, ...] = ()
     """Image modalities that are mirrored left to right in half of the rows, sampled in every epoch."""
     random_shift: dict[str, PositiveInt] = Field(default={})
@@ -472,6 +483,9 @@ class Config(_Table):
         sequences = [m.name for m in self.modalities if isinstance(m, TextModality) and m.likelihood == "autoregressive"]
         if wrong := [name for name in self.data.word_dropout if name not in sequences]:
             raise ValueError(f"data.word_dropout names {wrong}, the autoregressive text modalities are {sequences}")
+        encoded = [m.name for m in self.modalities if isinstance(m, EncodedModality) and m.kind == "text"]
+        if wrong := [name for name in self.data.average_texts if name not in encoded]:
+            raise ValueError(f"data.average_texts names {wrong}, the text modalities with an encoder are {encoded}")
         images = [m.name for m in self.modalities if isinstance(m, ImageModality)]
         audio = [m.name for m in self.modalities if isinstance(m, AudioModality)]
         for key, title, allowed in (

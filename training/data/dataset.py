@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -110,6 +111,7 @@ class Dataset:
         self._contrasts = {m.name: data.random_contrast[m.name] for m in self.modalities if m.name in data.random_contrast}
         self._encoded = {m.name for m in self.modalities if isinstance(m, EncodedModality)}
         self._word_dropout = data.word_dropout
+        self._averaged = set(data.average_texts)
         self._multiple_texts = [m.name for m in self.modalities if self.columns[m.name].starts is not None]
         if rows_per_epoch is not None and rows_per_epoch > len(self):
             raise DataError(
@@ -151,8 +153,9 @@ class Dataset:
 
         A pure function of its arguments: step k gives the same batch whether or not earlier steps were read. A resumed run
         therefore continues exactly. Each epoch samples the order, the partner rows, the offsets of texts, one of the texts of a
-        row, the words that decoders do not see, and the augmentation of images and spectrograms. Without ``shuffle``, rows take
-        their first text, or with a frozen encoder the mean of the features of all, and nothing is augmented or hidden.
+        row (with ``average_texts``, several), the words that decoders do not see, and the augmentation of images and
+        spectrograms. Without ``shuffle``, rows take their first text, or with a frozen encoder the mean of the features of all,
+        and nothing is augmented or hidden.
 
         Args:
             epoch, seed: 0 and above.
@@ -169,12 +172,15 @@ class Dataset:
             rows, batch_size = rows[: self.shard.smallest], batch_size // self.shard.size
         table_rows = self._pair(rows, epoch, seed)
         indices = {name: table_rows[table] for name, table in self._table_index.items()}  # into the values of each modality
-        ends = {}
+        chosen = {}
         for stream, name in enumerate(self._multiple_texts, start=len(table_rows) + len(self._padding)):
             starts, generator = self._starts(name), _generator(seed, epoch, stream)
             begin, end = starts[indices[name]], starts[indices[name] + 1]
             if average and name in self._encoded:
-                indices[name], ends[name] = begin, end
+                indices[name], chosen[name] = begin, _Texts(end - begin, end - begin, begin * 0)
+            elif shuffle and name in self._averaged:
+                size = end - begin
+                indices[name], chosen[name] = begin, _Texts(size, generator.integers(size) + 1, generator.integers(size))
             else:
                 indices[name] = generator.integers(begin, end) if shuffle else begin
         offsets = {}
@@ -199,7 +205,7 @@ class Dataset:
             batch = self._batch(
                 [rows[part] for rows in table_rows],
                 {name: index[part] for name, index in indices.items()},
-                {name: end[part] for name, end in ends.items()},
+                {name: texts.take(part) for name, texts in chosen.items()},
                 {name: offset[part] for name, offset in offsets.items()},
                 {name: variation[part] for name, variation in variations.items()},
                 {name: factors[part] for name, factors in contrasts.items()},
@@ -272,7 +278,7 @@ class Dataset:
         self,
         table_rows: list[NDArray[np.int64]],
         indices: dict[str, NDArray[np.int64]],
-        ends: dict[str, NDArray[np.int64]],
+        chosen: dict[str, "_Texts"],
         offsets: dict[str, NDArray[np.int64]],
         variations: dict[str, NDArray[np.int64]],
         contrasts: dict[str, NDArray[np.float32]],
@@ -281,8 +287,8 @@ class Dataset:
         arrays, masks = {}, []
         for modality in self.modalities:
             column = self.columns[modality.name]
-            if modality.name in ends:
-                values = _means(column.values, indices[modality.name], ends[modality.name])
+            if modality.name in chosen:
+                values = chosen[modality.name].means(column.values, indices[modality.name])
             else:
                 values = column.values[indices[modality.name]]
             present = column.present[table_rows[self._table_index[modality.name]]]
@@ -452,18 +458,29 @@ class _ClassPairing:
         return view
 
 
+class _Texts(NamedTuple):
+    """Which of its texts each row takes: ``count`` of ``size`` texts, from ``offset`` on, the first one after the last one."""
+
+    size: Int64[np.ndarray, " row"]
+    count: Int64[np.ndarray, " row"]
+    offset: Int64[np.ndarray, " row"]
+
+    def take(self, rows: slice) -> "_Texts":
+        """Return those of some rows."""
+        return _Texts(*(values[rows] for values in self))
+
+    def means(
+        self, values: Float32[np.ndarray, "text size"], first: Int64[np.ndarray, " row"]
+    ) -> Float32[np.ndarray, "row size"]:
+        """Return the mean of each row's values, whose texts begin at ``first``."""
+        starts = np.cumsum(self.count) - self.count
+        size, offset, begin = (np.repeat(of_rows, self.count) for of_rows in (self.size, self.offset - starts, first))
+        chosen = begin + (offset + np.arange(len(begin))) % size
+        return np.asarray(np.add.reduceat(values[chosen], starts, axis=0) / self.count[:, None].astype(np.float32))
+
+
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, stream))
-
-
-def _means(
-    values: Float32[np.ndarray, "text size"], begin: NDArray[np.int64], end: NDArray[np.int64]
-) -> Float32[np.ndarray, "row size"]:
-    """Return the mean of ``values[begin:end]`` of each row."""
-    counts = end - begin
-    firsts = np.cumsum(counts) - counts
-    chosen = np.repeat(begin - firsts, counts) + np.arange(counts.sum())
-    return np.asarray(np.add.reduceat(values[chosen], firsts, axis=0) / counts[:, None].astype(np.float32))
 
 
 def _trailing_padding(tokens: Int64[np.ndarray, "row length"]) -> Int64[np.ndarray, " row"]:

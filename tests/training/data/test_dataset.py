@@ -380,7 +380,8 @@ def test_rows_of_several_texts_have_the_mean_of_their_features_outside_of_traini
     title = EncodedModality(name="title", kind="text", encoder=str(encoder))
     source = Source(train="rows.parquet", test="rows.parquet", columns={"first": "one", "title": "texts"}, licence="CC0")
     data = Data(pairing="row", sources=(source,), cache=tmp_path / "cache")
-    rows = dataset.load(Config(name="rows", modalities=(FIRST, title), data=data), "train", tmp_path)
+    run = Config(name="rows", modalities=(FIRST, title), data=data)
+    rows = dataset.load(run, "train", tmp_path)
     column = rows.columns["title"]
     assert column.starts is not None
     means = np.stack([column.values[start:end].mean(axis=0) for start, end in pairwise(column.starts)])
@@ -395,6 +396,22 @@ def test_rows_of_several_texts_have_the_mean_of_their_features_outside_of_traini
     assert {tuple(row) for epoch in epochs for row in epoch} == {tuple(row) for row in column.values.tolist()}, (
         "each epoch of training samples one text"
     )
+    averaging = run.model_copy(update={"data": data.model_copy(update={"average_texts": ("title",)})})
+    rows = dataset.load(averaging, "train", tmp_path)
+    epochs = [batch.arrays["title"].numpy() for epoch in range(40) for batch in rows.batches(epoch, 4, 0)]
+    sizes = [(1,), (1, 2), (1, 2, 3)]
+    subsets = {
+        s
+        for start, end in pairwise(column.starts)
+        for size in sizes[end - start - 1]
+        for s in itertools.combinations(range(start, end), size)
+    }
+    expected = np.stack([column.values[list(subset)].mean(axis=0) for subset in subsets])
+    distances = np.abs(np.concatenate(epochs)[:, None] - expected).max(axis=2)
+    assert distances.min(axis=1).max() < 1e-5, "each row has the mean of some of its texts"
+    assert set(distances.argmin(axis=1)) == set(range(len(expected))), "each epoch samples how many and which"
+    (again,) = rows.batches(3, 4, 0)
+    np.testing.assert_array_equal(again.arrays["title"], epochs[3])
 
 
 def test_vectors_are_standardised_with_training_statistics(tmp_path: Path) -> None:
