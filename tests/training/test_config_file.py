@@ -20,11 +20,13 @@ HASHES = {
     "ablations/beta-3-unrefined.toml": "f9eeafad03f1fd826207f4f897b64c96d89e86d01db926996c7b04c2e666f494",
     "ablations/beta-3.toml": "a467492bf4f27bb6e3a7f89f3d95add22ebeca38109b8b4b7c407f686e0b9d3a",
     "ablations/blurring.toml": "5d97ee04f9b0f23d8eded99337478c3ff3c4da0b0cd4e20d3d5b22431eb6d79b",
+    "ablations/contrast.toml": "5c0efc2b8e759d3bde9852a536400a96d3bff709b5cef670f8dc2d4363a74e70",
     "ablations/eight-steps.toml": "b81194230e1c2301a5d7cef19376c790e21f279000256012b9f28c9e74b36654",
     "ablations/forward.toml": "c61b9161894a65723c3e64c3fe157406cf925f516005b3576e63bbba56707ab3",
     "ablations/four-steps.toml": "3bbe8f7fd56c190fcc06ff32203d86cb68b8d2f616d5947883f7e5fe3571286c",
     "ablations/gaussian.toml": "0017807b6bde6d2bb191ac16daf79a1aa6d0b9a7cce2a1d40c740591618c12e6",
     "ablations/half-width.toml": "e7f24b978f1dd92d952bd74732ed6ce57101edeae210d0ddbfefee6682a90a4f",
+    "ablations/information.toml": "e52ae623d219c9675fe1cd20809eb8533c98e298817e2411485cb1f69d8bb6ec",
     "ablations/latent-8-unrefined.toml": "d385f27233fd17f5b49ce50ba4376d7a92aadc29492bcd1cc3d6007c23e0956a",
     "ablations/latent-8.toml": "0c291514bb8ae9504373513239f06ef8588a08cf0cda31ea8bde34edaeff27cd",
     "ablations/narrow-unrefined.toml": "c88a79033953f9571f47b3cd591a6f471c6ee1b52e33f1635fd898604bac49be",
@@ -43,7 +45,6 @@ HASHES = {
     "birds-complete.toml": "a030318edce62ed2fcf13d8dce3d29e23a0f303bc90778d99ad979a1b8fac45e",
     "birds-encoded.toml": "1c7ff32e7abc30a3218f8ee4d1cbcc1c7ec1c1609ad60e45507b755d80ec3abf",
     "birds-features-contrast.toml": "6023f2fef1d9760e395a724f2fecca6f3f76cee05e1e244c57219fcde5e97e52",
-    "birds-features-contrastive.toml": "ab7a4f67913ba4c5d150ce3ebfdc5c4e56230dcf3de871213819344dcfd709f9",
     "birds-features-plain.toml": "dd65863f9c1f72b391547f3080dacbf36c8d717fa2277eda61ae8c83f24e3a7f",
     "birds-features.toml": "0f4aba9750fb4384f104523ea1251cd548c7829e078c38d64e74e8b97f02aeb8",
     "birds.toml": "d3bb47edff243618133bb5477dc603bf0c6cf83b27ba00bcb79c7ea3a252d10a",
@@ -52,6 +53,7 @@ HASHES = {
     "digits.toml": "cfaf8f01ac33dfd9d4f5cacbf6029b356173dfdf4ed4fce66c7c1c72512bc977",
     "fashion-encoded.toml": "e6a8d8eb7dc14e6b2bfd8232ff7a75ba0f373183306d24bfe00f6270fc72cd43",
     "fashion.toml": "beb96587f62bc86d2dc77c5a64715edfe813d3c58a48d3fe929ad4b8d475bf41",
+    "flickr8k.toml": "62b31c3e2ce38ecd5d43045838507dc9c99b3729708630d4130ae2784b74ea54",
 }
 
 

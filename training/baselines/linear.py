@@ -17,7 +17,7 @@ from concord.model.modality import CategoricalModality, ImageModality, Modality,
 
 PENALTIES = (0.01, 0.1, 1.0, 3.0, 10.0)
 """Relative to the variance of a standardised feature. One of them is chosen on training rows."""
-CELL = 8
+CELL = 5
 """Height and width in pixels of the cells of an image whose gradients are counted."""
 ORIENTATIONS, LEVELS = 9, 4
 """Bins of the direction of a gradient (Dalal & Triggs 2005), and of each colour."""

@@ -11,7 +11,7 @@ from concord.training.data.dataset import Dataset
 from concord.training.evaluation.cross_modal import CrossModalRows, Rows, rows_needed
 from concord.training.progress import Progress
 
-LINEAR_ROWS = 10_000
+LINEAR_ROWS = 50_000
 """Largest number of training rows that a baseline is fitted to."""
 _BATCH_ROWS = 500
 
