@@ -118,7 +118,7 @@ def test_word_dropout_hides_the_share_of_words_in_training_batches_only(tmp_path
     assert torch.equal(
         resumed.arrays[context_name("caption")], list(train.batches(0, 60, 0))[2].arrays[context_name("caption")]
     )
-    for batch in train.batches(0, 60, 0, shuffle=False):
+    for batch in (*train.batches(0, 60, 0, shuffle=False), *dataset.load(settings, "test").batches(0, 20, 0)):
         assert context_name("caption") not in batch.arrays
     with pytest.raises(
         ValueError, match=r"word_dropout names \['vector'\], the autoregressive text modalities are \['caption'\]"

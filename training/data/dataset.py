@@ -328,6 +328,8 @@ def load(config: Config, split: Split, folder: Path | None = None, training: Dat
         for source in data.sources
     ]
     loaded = Dataset(tables, list(modalities.values()), data, data.rows_per_epoch if split == "train" else None)
+    if split == "test":
+        loaded._word_dropout = {}  # metrics shuffle test rows too, and their likelihoods are those of whole texts
     loaded.encoders = tuple({features.files.name: features.files for features in encoders.values()}.values())
     loaded.notes += [note for features in encoders.values() for note in features.notes]
     loaded.fitted = fitted

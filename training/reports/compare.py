@@ -50,6 +50,8 @@ SUMMARISED = (
     "peak_memory_bytes",
 )
 """Metrics averaged over seeds."""
+ADDED = ("texts",)
+"""Metrics averaged over seeds that rows of earlier versions, and of models without texts, do not have."""
 SHARED = {"data": "other data", "classifier_accuracy": "other frozen classifiers"}
 """What all rows must have in common, and the description of a row that has something else."""
 
@@ -230,7 +232,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     summaries: dict[str, Any] = {}
     for name in dict.fromkeys(map(row_name, rows)):
         done = [row for row in rows if row_name(row) == name and row["status"] == "done"]
-        metrics = [{key: row.get(key) for key in SUMMARISED} for row in done]
+        metrics = [{key: row.get(key) for key in SUMMARISED} | {key: row[key] for key in ADDED if key in row} for row in done]
         if metrics:
             std = _aggregate(metrics, lambda values: statistics.stdev(values) if len(values) > 1 else None)
             summaries[name] = {"seeds": len(metrics), "mean": _aggregate(metrics, statistics.fmean), "std": std}

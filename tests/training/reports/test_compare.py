@@ -76,6 +76,7 @@ def test_compare_rows_have_all_metrics(compared: Any) -> None:
         assert all(-1 <= row["cosine"][name]["matched"] <= 1 for name in SUBSETS[:3])
         assert math.isfinite(row["log_likelihood"]["joint"])
         assert 1 <= row["log_likelihood"]["effective"] <= row["log_likelihood"]["samples"]
+        assert row["texts"]["word"].keys() == {"digit", "photo", "word", "others"}
         assert row["seconds"] > 0
         assert row["peak_memory_bytes"] > 1e7
     assert len(rows["concord", 0]["gap"]["closed_by_step"]) == 1 + 2
@@ -162,6 +163,13 @@ def test_summary_metric_missing_in_one_seed_is_none() -> None:
     rows = [{"model": "a", "seed": s, "status": "done", "gap_closed": v, "seconds": 1.0} for s, v in enumerate((None, 0.5))]
     assert summary(rows)["a"]["mean"]["gap_closed"] is None
     assert summary(rows)["a"]["mean"]["seconds"] == 1
+
+
+def test_summary_has_texts_if_rows_have_them() -> None:
+    row = {"model": "concord", "status": "done"}
+    nats = [{**row, "seed": seed, "texts": {"caption": {"photo": {"nats": 2.0 + seed}}}} for seed in (0, 1)]
+    assert compare.summary(nats)["concord"]["mean"]["texts"] == {"caption": {"photo": {"nats": 2.5}}}
+    assert "texts" not in compare.summary([{**row, "seed": 0}])["concord"]["mean"]
 
 
 def test_compare_copies_the_grid_of_every_model(compared: Any) -> None:
