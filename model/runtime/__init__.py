@@ -417,7 +417,8 @@ class Runtime:
 
     def _open_graph(self, name: str, *arguments: Any, **passes: Any) -> "FixedBatches | onnxruntime.InferenceSession":
         """Open a session, see ``_open_session``, and keep it by its file."""
-        session = self._sessions[name] = self._open_session(name, *arguments, **passes)
+        capture = self.device.graphs and self._is_fixed
+        session = self._sessions[name] = self._open_session(name, *arguments, **passes, capture=capture)
         if not self._is_fixed:
             return session
         capture_on = self.device if name in self.captured_graphs else None
@@ -445,6 +446,7 @@ class Runtime:
         cpu_pass: Callable[[bytes], bytes] = lambda graph: graph,
         *,
         first: Callable[[bytes], bytes] = lambda graph: graph,
+        capture: bool = False,
     ) -> onnxruntime.InferenceSession:
         """A session of one graph.
 
@@ -452,12 +454,13 @@ class Runtime:
             cpu_pass: graph pass for the CPU. It is not used on a GPU, because sizes and branches that depend on data force the
                 GPU to wait for the CPU.
             first: graph pass before that, on every device.
+            capture: open it for CUDA graphs if possible. All runs must then be bound: others would replay the wrong graph.
         """
         try:
             content = first(self.bundle.content(name))
             if self.device.is_cpu:
                 content = cpu_pass(content)
-            elif self.device.graphs and self._is_fixed and can_capture(content):
+            elif capture and can_capture(content):
                 captured = self._open_capturing(name, content, options)
                 if captured is not None:
                     return captured

@@ -17,7 +17,7 @@ _graph_ids = itertools.count(1)
 """A CUDA graph is replayed with the addresses that it was captured with, so no two bound runs share an id."""
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 _SIZES_FROM_DATA = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
-"""Operators whose outputs have a size that only the data tells."""
+"""Operators whose outputs have a size that depends on the data."""
 
 
 def can_capture(content: bytes) -> bool:

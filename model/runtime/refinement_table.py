@@ -89,7 +89,7 @@ def with_tables(content: bytes) -> bytes:
 
 
 class RefinementTable:
-    """Rows under refinement. Not thread-safe.
+    """Rows under refinement. For one thread, to which the CUDA graphs belong that it captures.
 
     Args:
         session: of a refine graph ``with_tables``.

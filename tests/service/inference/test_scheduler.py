@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from concord.model import bundle
 from concord.model.modality import TextModality, collate
 from concord.model.runtime import Posterior, Runtime
+from concord.model.runtime.device import DeviceLostError
 from concord.service.inference import scheduler as scheduler_module
 from concord.service.inference.jobs import InferenceJob, InferenceResult, RefinementLimits
 from concord.service.inference.refinement import Stream, antithetic, noise
@@ -487,6 +488,22 @@ class TestFaults:
         assert str(failed) == "poison"
         for result, other in zip([*before, last], expected, strict=True):
             assert_same(result, other)
+
+    def test_device_lost_during_a_step_is_not_run_in_parts(self, faulty: FaultyRuntime) -> None:
+        scheduler, stages = make_scheduler(faulty), list[str]()
+        limits = RefinementLimits(steps=2)
+        scheduler.add(
+            [Row(InferenceJob({"word": complete_row(faulty, i)["word"]}, 0, i, limits), monotonic()) for i in range(4)]
+        )
+
+        def lose(stage: str, _: Any) -> None:
+            stages.append(stage)
+            raise RuntimeError("CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=x")
+
+        faulty.before = lose
+        with pytest.raises(DeviceLostError, match="cpu is lost for this process: CUDA failure 700"):
+            scheduler.step()
+        assert stages == ["refine", "encode"], "the batch, and one blank row"
 
     @pytest.mark.parametrize("stage", ["encode", "decode"])
     def test_non_finite_output_fails_its_row_only(self, faulty: FaultyRuntime, stage: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from concord.model import bundle
 from concord.model.runtime import Posterior, Runtime
+from concord.model.runtime.refinement_table import RefinementTable
 from concord.service.inference import served_model
 from tests.support.metrics import scrape
 from tests.support.runtimes import GatedRuntime
@@ -270,6 +271,19 @@ def test_model_is_prepared_in_the_inference_thread(serve: Serve, gated: GatedRun
     gated.before_encode = lambda *_: threads.add(threading.current_thread().name)
     with serve(gated):
         assert threads == {"inference"}
+
+
+def test_every_batch_size_runs_before_the_first_request(serve: Serve, runtime: Runtime) -> None:
+    """Steps too: at its first run a size allocates memory, and on a GPU it may be recorded."""
+    fixed = GatedRuntime(runtime.bundle, threads=1, max_batch=5, fixed_batches=True)
+    tables: list[RefinementTable] = []
+    make_table = fixed.refinement_table
+    fixed.refinement_table = lambda capacity: tables.append(make_table(capacity)) or tables[-1]  # type: ignore[func-returns-value]
+    with serve(fixed, max_batch=5):
+        assert set(fixed.batches) >= {1, 4, 5}
+        (table,) = tables
+        assert set(table._runs) == {1, 4, 5}
+        assert table.free == 512
 
 
 def test_request_whose_deadline_passes_in_the_queue_is_never_run(serve: Serve, gated: GatedRuntime) -> None:
