@@ -51,6 +51,7 @@ HASHES = {
     "digits-svhn.toml": "17ea839d0e57e9dba99d19ec97e2f8076cccc0a735d3134e743df47dff79d609",
     "digits-sound.toml": "8afea9c2e7e4d96f3d00f8279cc9dd53214a9ceef465bcad343ef604ccc298b5",
     "digits.toml": "cfaf8f01ac33dfd9d4f5cacbf6029b356173dfdf4ed4fce66c7c1c72512bc977",
+    "emoji.toml": "843bceb4d925494e1ec18308ab15e2f5ff82449ea18c5ffcd882f376479c7265",
     "fashion-encoded.toml": "e6a8d8eb7dc14e6b2bfd8232ff7a75ba0f373183306d24bfe00f6270fc72cd43",
     "fashion.toml": "beb96587f62bc86d2dc77c5a64715edfe813d3c58a48d3fe929ad4b8d475bf41",
     "flickr8k.toml": "62b31c3e2ce38ecd5d43045838507dc9c99b3729708630d4130ae2784b74ea54",
