@@ -42,6 +42,7 @@ HASHES = {
     "ablations/unrefined.toml": "b39a2c90e97a4d32a8d06b16979f9022ffade8aef14946b15a823209ca1a7a17",
     "ablations/version-4.toml": "5a955b9bfcf1f6f558707170eed0d92a920da030b79404da332970561388547b",
     "ablations/wide.toml": "a35c67c3649253a326a91270abb5f8673973df5f8ff91549b5d6e15a889c00af",
+    "birds-captions.toml": "378557c82b9f456ffcf6563054d14758649f3b88dd51c2dd7259691734b3fa4d",
     "birds-complete.toml": "a030318edce62ed2fcf13d8dce3d29e23a0f303bc90778d99ad979a1b8fac45e",
     "birds-encoded.toml": "1c7ff32e7abc30a3218f8ee4d1cbcc1c7ec1c1609ad60e45507b755d80ec3abf",
     "birds-features-contrast.toml": "6023f2fef1d9760e395a724f2fecca6f3f76cee05e1e244c57219fcde5e97e52",

@@ -1,4 +1,4 @@
-"""Metrics of the texts that a model generates, and of how much z tells about a text."""
+"""Metrics of the texts that a model generates, and of how much information z has about a text."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def evaluate_texts(model: TrainableModel, train: Dataset, test: Dataset) -> dict
 
     Texts of the first ``predicted_rows`` test rows with source and text: ``nats``, the mean of -log p(token | z and, with the
     autoregressive likelihood, the tokens before it) per token, for one sample z; ``nats_shuffled``, with the z of another row.
-    Their difference is what z tells about a token. ``nats`` from the text itself is that of its reconstruction.
+    Their difference is the information of z about a token. ``nats`` from the text itself is that of its reconstruction.
     """
     names = [m.name for m in model.modalities]
     singles = every_subset(len(names))[: len(names)]

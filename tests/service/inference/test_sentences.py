@@ -51,7 +51,7 @@ def test_texts_are_those_of_the_noise_of_their_row(sentences: Runtime) -> None:
     np.testing.assert_array_equal(result.generated["caption"], expected)
 
 
-def test_text_of_a_row_is_the_same_whatever_else_is_in_the_batch(sentences: Runtime) -> None:
+def test_text_of_a_row_does_not_depend_on_the_rest_of_the_batch(sentences: Runtime) -> None:
     jobs = [
         make_job(index, seed=index % 3, samples=1 + index % 4, text_temperature=(0.0, 1.0, 0.7)[index % 3], top_p=0.95)
         for index in range(24)
