@@ -40,8 +40,9 @@ def token_noise(seed: int, index: int, modality: int, count: int, length: int) -
 
 def antithetic(half: Float32[np.ndarray, "*batch half latent"], count: int) -> Float32[np.ndarray, "*batch count latent"]:
     """Pairs (eps, -eps, ...): their mean is exactly zero, which lowers the variance of the objective."""
-    *batch, _, latent = half.shape
-    return np.stack([half, -half], axis=-2).reshape(*batch, -1, latent)[..., :count, :]
+    pairs = np.repeat(half, 2, axis=-2)
+    pairs[..., 1::2, :] *= -1
+    return pairs[..., :count, :]
 
 
 class RefinementState:

@@ -3,6 +3,7 @@
 The CPU provider ignores what only a GPU can do, the capture itself.
 """
 
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -20,6 +21,8 @@ from concord.model.runtime.refinement_table import table, with_tables
 from concord.model.runtime.skip_absent import skip_absent
 from concord.service.inference.jobs import InferenceJob, RefinementLimits
 from concord.service.inference.scheduler import NullObserver, Row, Scheduler
+from tests.support.encoders import encoded_modalities
+from tests.support.graphs import write_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")  # from ONNX Runtime
 
@@ -97,6 +100,16 @@ def test_graph_that_onnx_runtime_does_not_capture_runs_without(
     assert opened.captured_graphs == set()
     assert "refine.onnx runs without CUDA graphs: This session cannot use the graph capture feature" in caplog.text
     assert opened.replay_golden() < 1e-3
+
+
+@pytest.mark.usefixtures("gpu_path")
+def test_frozen_encoders_run_at_any_size_and_are_not_captured(tmp_path: Path, tiny_facts: dict[str, Any]) -> None:
+    """Their runs are not bound, and an unbound run of a capturing session would replay the graph of another size."""
+    modalities, files = encoded_modalities(tmp_path)
+    opened = Runtime(write_bundle(tmp_path / "bundle", modalities, tiny_facts, encoders=files), threads=1)
+    assert opened.captured_graphs == set(opened.bundle.manifest.graphs.names)
+    for encoder in opened.encoders.values():
+        assert len(encoder.features(encoder.blank(3))) == 3
 
 
 def test_bound_run_reads_and_writes_the_same_memory(tiny_bundle: bundle.Bundle) -> None:
