@@ -64,7 +64,7 @@ from concord.training.tune import tune as run_search
 P = ParamSpec("P")
 
 EVALUATION, GRID = "evaluation.json", "grid.png"
-METHODS = ("birds-features-contrast", "fashion")
+METHODS = ("birds-features-contrast", "birds-encoded", "fashion")
 """Folders of results that compare models on retrieval and prediction, each with a section of its name."""
 GENERATED_ROWS = 2000
 """Test rows of the figures of generation in ``evaluate``."""
