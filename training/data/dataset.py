@@ -461,11 +461,11 @@ class _ClassPairing:
 
 
 class _Texts(NamedTuple):
-    """Which of its texts each row takes: ``count`` of ``size`` texts, from ``offset`` on, the first one after the last one."""
+    """Which of its texts each row takes: ``counts`` of ``sizes`` texts, from ``offsets`` on; the first follows the last."""
 
-    size: Int64[np.ndarray, " row"]
-    count: Int64[np.ndarray, " row"]
-    offset: Int64[np.ndarray, " row"]
+    sizes: Int64[np.ndarray, " row"]
+    counts: Int64[np.ndarray, " row"]
+    offsets: Int64[np.ndarray, " row"]
 
     def take(self, rows: slice) -> "_Texts":
         """Return those of some rows."""
@@ -475,10 +475,10 @@ class _Texts(NamedTuple):
         self, values: Float32[np.ndarray, "text size"], first: Int64[np.ndarray, " row"]
     ) -> Float32[np.ndarray, "row size"]:
         """Return the mean of each row's values, whose texts begin at ``first``."""
-        starts = np.cumsum(self.count) - self.count
-        size, offset, begin = (np.repeat(of_rows, self.count) for of_rows in (self.size, self.offset - starts, first))
-        chosen = begin + (offset + np.arange(len(begin))) % size
-        return np.asarray(np.add.reduceat(values[chosen], starts, axis=0) / self.count[:, None].astype(np.float32))
+        starts = np.cumsum(self.counts) - self.counts
+        sizes, offsets, begins = (np.repeat(rows, self.counts) for rows in (self.sizes, self.offsets - starts, first))
+        chosen = begins + (offsets + np.arange(len(begins))) % sizes
+        return np.asarray(np.add.reduceat(values[chosen], starts, axis=0) / self.counts[:, None].astype(np.float32))
 
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
