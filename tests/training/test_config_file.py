@@ -41,6 +41,7 @@ HASHES = {
     "ablations/unaligned.toml": "bdf175472fea44547a29419f1b4646d3a6c6afd8de683ea6ade969d9eab14d13",
     "ablations/unrefined.toml": "b39a2c90e97a4d32a8d06b16979f9022ffade8aef14946b15a823209ca1a7a17",
     "ablations/version-4.toml": "5a955b9bfcf1f6f558707170eed0d92a920da030b79404da332970561388547b",
+    "ablations/weak-contrast.toml": "c219ec1e83226afd7b519db88017da9bc512206906f5808b70ae757a9f0c20c7",
     "ablations/wide.toml": "a35c67c3649253a326a91270abb5f8673973df5f8ff91549b5d6e15a889c00af",
     "birds-captions.toml": "378557c82b9f456ffcf6563054d14758649f3b88dd51c2dd7259691734b3fa4d",
     "birds-complete.toml": "a030318edce62ed2fcf13d8dce3d29e23a0f303bc90778d99ad979a1b8fac45e",
