@@ -48,7 +48,9 @@ class Posterior:
 
 
 class Runtime:
-    """The graphs of one bundle. Methods are stateless and thread-safe. Rows of a batch do not affect each other.
+    """The graphs of one bundle. Methods are stateless and thread-safe, but a refinement table belongs to one thread.
+
+    Rows of a batch do not affect each other.
 
     Args:
         opened: a verified bundle.

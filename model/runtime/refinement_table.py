@@ -146,23 +146,30 @@ class RefinementTable:
         self._free += slots
 
     def step(self, slots: Sequence[int]) -> tuple[Float32[np.ndarray, "batch parameters"], Float32[np.ndarray, " batch"]]:
-        """One refinement step of the rows in these slots. A step that raises has changed no row.
+        """One refinement step of the rows in these slots, in as many runs as fixed batch sizes require.
+
+        A run that raises has changed none of its rows.
 
         Args:
-            slots: at least one; with fixed batch sizes at most the largest of them.
+            slots: at least one.
 
         Returns:
             the next posteriors, mean and log variance in one row, (batch, 2 · latent), and the objectives of the posteriors
             before the step, (batch,).
         """
+        largest = len(slots) if self._fixed is None else self._fixed.sizes[-1]
+        parts = [self._step(slots[start : start + largest]) for start in range(0, len(slots), largest)]
+        result = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return result[:, :-1], result[:, -1]
+
+    def _step(self, slots: Sequence[int]) -> Float32[np.ndarray, "batch result"]:
         count = len(slots)
         size = count if self._fixed is None else self._fixed.count(count)
         run = self._runs.get(size)
         if run is None:
             run = self._runs[size] = self._bind(size)
         run({SLOTS: np.array([*slots, *[self._padding] * (size - count)], np.int64)})
-        result = run.outputs[RESULT].numpy()[:count].copy()  # the next run overwrites it
-        return result[:, :-1], result[:, -1]
+        return np.array(run.outputs[RESULT].numpy()[:count])  # a copy: the next run overwrites the buffer
 
     def warm_up(self) -> None:
         """Run every fixed batch size once, on padding rows."""

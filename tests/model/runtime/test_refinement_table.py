@@ -155,6 +155,17 @@ def test_padding_rows_change_no_result_even_if_they_diverge(fixed: Runtime, make
         assert np.isfinite(actual).all()
 
 
+def test_more_rows_than_the_largest_size_step_in_several_runs(free: Runtime, fixed: Runtime, make_rows: Any) -> None:
+    values = arguments(free, make_rows, CAPACITY)
+    results = []
+    for runtime in (free, fixed):
+        held = runtime.refinement_table(CAPACITY)
+        results.append(runtime.step(held, held.take(table_rows(runtime, values))))
+        assert set(held._runs) == ({CAPACITY} if runtime is free else {4}), "4 rows, and 2 in a batch of 4"
+    for expected, actual in zip(*results, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_every_number_of_rows_in_a_table_equals_the_stateless_path(tiny_bundle: bundle.Bundle, make_rows: Any) -> None:
     free, fixed = Runtime(tiny_bundle, threads=1), Runtime(tiny_bundle, threads=1, max_batch=64, fixed_batches=True)
     values = arguments(free, make_rows, 64)
