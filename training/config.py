@@ -151,7 +151,7 @@ class Data(_Table):
     time by up to this many frames, sampled in every epoch."""
     random_contrast: dict[str, PositiveFloat] = Field(default={})
     """Audio modalities whose decibels below the loudest value are multiplied by a factor from exp(-x) to exp(x), sampled in
-    every epoch. The level of the background noise then tells less of the speaker."""
+    every epoch. The level of the background noise then depends less on the speaker."""
     word_dropout: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default={})
     """Text modalities with the autoregressive likelihood, and the share of their tokens that the decoder does not see when it
     predicts the next ones, sampled in every epoch (Bowman et al. 2016). Higher: the decoder relies more on z."""
