@@ -38,7 +38,7 @@ class CrossModalRows:
     present: Bool[np.ndarray, "row modality"]
 
     def sources(self, target: str) -> dict[str, str]:
-        """Return what predicts a modality, by name in metrics: every other one, and all others if they are several."""
+        """Return what a modality can be predicted from: every other one, and all others together, by name in metrics."""
         names = [m.name for m in self.modalities]
         others = {name: name for name in names if name != target}
         return others | ({f"all but {target}": figure_name("others", names)} if len(others) > 1 else {})
