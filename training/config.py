@@ -139,7 +139,7 @@ class Data(_Table):
     time by up to this many frames, sampled in every epoch."""
     random_contrast: dict[str, PositiveFloat] = Field(default={})
     """Audio modalities whose decibels below the loudest value are multiplied by a factor from exp(-x) to exp(x), sampled in
-    every epoch. The level of the background noise then tells less of the speaker."""
+    every epoch. The level of the background noise then depends less on the speaker."""
     rows: Literal["all", "complete"] = "all"
     """Training rows. all: every row, with the modalities it has. complete: rows with all modalities. The test split always has
     all rows."""

@@ -14,7 +14,7 @@ from concord.model import bundle
 from concord.model.runtime.branch_absent import branch_absent
 
 OUTPUTS = ["next_mean", "next_log_var", "objective"]
-BUNDLES = (pytest.param("tiny", marks=pytest.mark.slow), "digits", "birds")
+BUNDLES = (pytest.param("tiny", marks=pytest.mark.slow), "digits", "digits-sound", "birds")
 
 
 @pytest.fixture(params=BUNDLES, scope="module")
