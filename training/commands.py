@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from concord.model.bundle import DEFAULT_BUNDLE, builtin, read
+from concord.model.bundle import DEFAULT_BUNDLE, SOUND_BUNDLE, builtin, read
 from concord.model.modality import MAX_MODALITIES, Modality
 from concord.training import config_file, distributed
 from concord.training.checkpoint import CONFIG_FILE, Run, remove_run
@@ -293,6 +293,7 @@ def report(root: Path, bundle: Path | None, results: Path) -> None:
         write_section(root / "README.md", "results", summary_table(json.loads(comparison.read_text(encoding="utf-8"))))
     document = results / "README.md"
     write_section(document, "bundle", results_table(manifest))
+    write_section(document, "bundle-sound", results_table(read(builtin(SOUND_BUNDLE)).manifest))
     write_rows(document, results / "birds")
     write_teachers(document, results / "birds-features")
     for name in METHODS:

@@ -1,6 +1,7 @@
 """The examples of the documents: their responses are the service's."""
 
 import base64
+import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concord.model.bundle import DEFAULT_BUNDLE, SOUND_BUNDLE
 from tests.support.documents import README, SERVICE_README, Example, examples
 from tests.support.server import running
 
@@ -16,18 +18,19 @@ EXAMPLES = [*examples(README), *examples(SERVICE_README)]
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with running() as service:
-        yield service.address
+def addresses() -> Iterator[dict[str, str]]:
+    with contextlib.ExitStack() as services:
+        names = {example.bundle for example in EXAMPLES}
+        yield {name: services.enter_context(running("--bundle", name)).address for name in names}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[f"{i}" for i in range(len(EXAMPLES))])
-def test_example_response_equals_the_service(example: Example, address: str) -> None:
-    _assert_equal(json.loads(example.run(address)), json.loads(example.response), "")
+def test_example_response_equals_the_service(example: Example, addresses: dict[str, str]) -> None:
+    _assert_equal(json.loads(example.run(addresses[example.bundle])), json.loads(example.response), "")
 
 
 def test_examples_cover_every_kind_of_request() -> None:
-    assert len(examples(README)) == 1
+    assert [example.bundle for example in examples(README)] == [DEFAULT_BUNDLE, SOUND_BUNDLE]
     commands = " ".join(example.command for example in EXAMPLES)
     for route in ("/embed", "/cross-generate", "refine.steps"):
         assert route in commands

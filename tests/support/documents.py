@@ -3,7 +3,7 @@
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,12 @@ class Example:
     command: str
     response: str
 
+    @property
+    def bundle(self) -> str:
+        """Name of the built-in bundle that gives the response: the model that it names."""
+        named = re.search(r'"model":"([^"]+)"', self.response)
+        return named[1] if named else bundle.DEFAULT_BUNDLE
+
     def run(self, address: str) -> str:
         """The response of the service at ``address`` (host:port)."""
         words = shlex.split(self.command.replace(ADDRESS, address))
@@ -46,11 +52,16 @@ def examples(document: Path) -> list[Example]:
     return [Example(m["command"], m["response"].strip()) for m in _EXAMPLE.finditer(document.read_text(encoding="utf-8"))]
 
 
-def with_responses(text: str, address: str) -> str:
-    """The document with the responses of the service at ``address`` in its examples. A new request id alone changes nothing."""
+def with_responses(text: str, addresses: Mapping[str, str]) -> str:
+    """The document with the responses of services in its examples. A new request id alone changes nothing.
+
+    Args:
+        addresses: of the services, host:port, by bundle.
+    """
 
     def run(match: re.Match[str]) -> str:
-        response = Example(match["command"], "").run(address).strip()
+        example = Example(match["command"], match["response"])
+        response = example.run(addresses[example.bundle]).strip()
         if _REQUEST_ID.sub("", response) == _REQUEST_ID.sub("", match["response"].strip()):
             return match[0]
         return f"```console\n$ {match['command']}\n{response}\n```"

@@ -16,7 +16,7 @@ from concord.model.runtime.branch_absent import branch_absent
 from concord.model.runtime.refinement_table import table, with_tables
 
 OUTPUTS = ["next_mean", "next_log_var", "objective"]
-BUNDLES = (pytest.param("tiny", marks=pytest.mark.slow), "digits", "birds")
+BUNDLES = (pytest.param("tiny", marks=pytest.mark.slow), "digits", "digits-sound", "birds")
 
 
 @pytest.fixture(params=BUNDLES, scope="module")
