@@ -68,6 +68,7 @@ def test_golden_examples_that_differ_are_a_failure(monkeypatch: pytest.MonkeyPat
     ("line", "failed"),
     [
         ("NVIDIA H100 80GB HBM3, 580.82.07, 9.0, 81559, 4, Disabled", {}),
+        ("NVIDIA RTX PRO 6000, 580.82.07, 12.0, 97887, 4, [N/A]", {}),
         ("NVIDIA L4, 550.54.15, 8.9, 23034, 4, [N/A]", {"driver": "Install NVIDIA's driver 580 or newer"}),
         ("NVIDIA B200, 580.82.07, 10.0, 183359, 4, Disabled", {"gpu 0": "use another GPU, or CONCORD_DEVICE=cpu"}),
         ("Tesla V100-SXM2-16GB, 580.82.07, 7.0, 16384, 4, [N/A]", {"gpu 0": "ONNX Runtime has kernels for 7.5, 8.0"}),
