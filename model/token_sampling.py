@@ -84,7 +84,7 @@ def _sample(
     if (top_p < 1).any():
         ranked = np.sort(probabilities, axis=1)[:, ::-1]
         kept = (np.cumsum(ranked, axis=1) - ranked < top_p[:, np.newaxis]).sum(axis=1)
-        least = np.take_along_axis(ranked, kept[:, np.newaxis] - 1, axis=1)
+        least = np.take_along_axis(ranked, np.maximum(kept, 1)[:, np.newaxis] - 1, axis=1)  # top_p may round to 0
         probabilities[probabilities < least] = 0
     cumulative = np.cumsum(probabilities, axis=1)
     return np.asarray((cumulative <= noise[:, np.newaxis] * cumulative[:, -1:]).sum(axis=1))

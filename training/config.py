@@ -477,9 +477,9 @@ class Config(_Table):
         if wrong := [name for name in names if columns[name] != 1]:
             counts = ", ".join(f"{name} has {columns[name]}" for name in wrong)
             raise ValueError(f"each modality needs exactly one column among [[data.sources]]: {counts}")
-        texts = [m.name for m in self.modalities if isinstance(m, TextModality)]
+        texts = [m.name for m in self.modalities if isinstance(m, TextModality) and m.likelihood != "autoregressive"]
         if wrong := [name for name in self.data.random_offset if name not in texts]:
-            raise ValueError(f"data.random_offset names {wrong}, the text modalities are {texts}")
+            raise ValueError(f"data.random_offset names {wrong}, the texts that can be shifted are {texts}")
         sequences = [m.name for m in self.modalities if isinstance(m, TextModality) and m.likelihood == "autoregressive"]
         if wrong := [name for name in self.data.word_dropout if name not in sequences]:
             raise ValueError(f"data.word_dropout names {wrong}, the autoregressive text modalities are {sequences}")

@@ -253,7 +253,8 @@ class _Training:
         """Return the mean score of the validation rows, with the same noise after each epoch.
 
         The batches have the size of those of training, so their losses compare as many rows, and the result is the same for any
-        number of processes and micro-batches up to rounding. Nothing keeps gradients, so this needs less memory than a step.
+        number of micro-batches and, without shards, of processes, up to rounding. Nothing keeps gradients, so this needs less
+        memory than a step.
 
         Raises:
             ConfigError: the stage uses none of the validation rows.

@@ -148,7 +148,7 @@ class RefinementTable:
     def step(self, slots: Sequence[int]) -> tuple[Float32[np.ndarray, "batch parameters"], Float32[np.ndarray, " batch"]]:
         """One refinement step of the rows in these slots, in as many runs as fixed batch sizes require.
 
-        A run that raises has changed none of its rows.
+        A run that raises has changed none of its rows; the runs before it have changed theirs.
 
         Args:
             slots: at least one.

@@ -181,7 +181,8 @@ class Embedder:
         self._source, _ = resolve(source)
         self._target, self._folder = resolve(output)
         self._runtime = Runtime.load(job.bundle, **job.runtime_options)
-        self._scheduler = Scheduler(self._runtime, max_batch=job.max_batch, observer=NullObserver())
+        rows = job.max_batch  # of a batch, which is refined to its end before the next one
+        self._scheduler = Scheduler(self._runtime, max_batch=rows, max_rows=rows, observer=NullObserver())
         self._limits = codec.Limits(image_pixels=job.max_pixels)
 
     def process(self, part: Part) -> Done:

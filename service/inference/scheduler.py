@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from concord.model.codec import is_input
+from concord.model.codec import count_inputs, is_input
 from concord.model.modality import collate
 from concord.model.runtime import Posterior, Runtime
 from concord.model.runtime.device import DeviceLostError, ErrorKind, classify
@@ -247,7 +247,7 @@ class Scheduler:
             if not having:
                 continue
             features = self._runtime.features(name, [row.job.row[name] for row in having])
-            self.runs += len(having)
+            self.runs += sum(count_inputs(row.job.row[name]) for row in having)
             for row, feature in zip(having, features, strict=True):
                 row.inputs = {**row.inputs, name: feature}
 

@@ -300,7 +300,7 @@ def test_column_may_be_features_and_pixels(folder: Path) -> None:
 
 @pytest.mark.usefixtures("bundle")
 def test_configuration_of_products_fits_rows_of_its_columns(folder: Path, tmp_path: Path) -> None:
-    """fashion-encoded.toml, with small networks in the place of its own."""
+    """fashion-encoded.toml, with small networks instead of the named ones."""
     generator = np.random.default_rng(0)
     rows = []
     for number in range(60):

@@ -64,7 +64,9 @@ def test_sample_tokens_frequencies_are_those_of_the_temperature(temperature: flo
     np.testing.assert_allclose(frequencies, expected / expected.sum(), atol=0.012)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.05, {BLUE}), (0.5, {BLUE}), (0.7, {BLUE, RED}), (1.0, {BLUE, RED, BIRD})])
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.0, {BLUE}), (0.05, {BLUE}), (0.5, {BLUE}), (0.7, {BLUE, RED}), (1.0, {BLUE, RED, BIRD})]
+)
 def test_sample_tokens_top_p_keeps_the_most_likely_tokens(top_p: float, kept: set[int]) -> None:
     assert set(sample(WORDS, constant(0, 0, 0.3, 0.6, 0.1, 0), rows=500, top_p=top_p)[:, 0]) == kept
 

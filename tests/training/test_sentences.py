@@ -126,6 +126,10 @@ def test_word_dropout_hides_the_share_of_words_in_training_batches_only(tmp_path
         config.Config.model_validate(
             {**settings.model_dump(), "data": {**settings.data.model_dump(), "word_dropout": {"vector": 0.3}}}
         )
+    with pytest.raises(ValueError, match=r"random_offset names \['caption'\], the texts that can be shifted are \[\]"):
+        config.Config.model_validate(
+            {**settings.model_dump(), "data": {**settings.data.model_dump(), "random_offset": ("caption",)}}
+        )
 
 
 def test_subwords_are_learned_from_the_training_rows(tmp_path: Path) -> None:

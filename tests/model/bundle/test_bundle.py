@@ -208,7 +208,7 @@ def test_read_folder_of_symbolic_links_gives_the_same_bundle(tiny_bundle: bundle
 
 @pytest.mark.parametrize("name", FILES)
 def test_read_symbolic_link_to_another_file_raises(folder: Path, name: str) -> None:
-    """A file outside the bundle is not used, whatever it holds: neither at the start nor later."""
+    """A file outside the bundle is used neither at the start nor later."""
     opened = read(folder)
     (folder.parent / "secret").write_bytes(b"secret")
     (folder / name).unlink()
