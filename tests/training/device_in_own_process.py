@@ -1,5 +1,9 @@
-"""Devices: every training step runs on a device that is not the CPU, with the numbers of the CPU. Errors of absent devices."""
+"""Devices: every training step runs on a device that is not the CPU, with the numbers of the CPU. Errors of absent devices.
 
+The device is a simulated one, or the GPU: ``CONCORD_TEST_DEVICE=cuda pytest tests/training/device_in_own_process.py``.
+"""
+
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -20,16 +24,24 @@ from concord.training.progress import Progress
 from tests.support.simulated_device import SimulatedTensor, register
 
 STAGE = {"epochs": 1, "batch_size": 15, "learning_rate": 0.01}
+ON_GPU = os.environ.get("CONCORD_TEST_DEVICE") == "cuda"
+RTOL = 1e-4 if ON_GPU else 1e-5
+simulated = pytest.mark.skipif(ON_GPU, reason="is about the simulated device")
 
 
 @pytest.fixture(scope="module")
 def sim() -> torch.device:
-    return register()
+    if not ON_GPU:
+        return register()
+    torch.backends.cudnn.allow_tf32 = False  # products in float32, to be compared with the CPU
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture
 def _on_sim(sim: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``device = "cuda"`` be the simulated device."""
+    if ON_GPU:
+        return
     resolve = device.resolve_device
     for module in (device, fit):
         monkeypatch.setattr(module, "resolve_device", lambda name: sim if name == "cuda" else resolve(name))
@@ -75,13 +87,14 @@ def test_every_stage_of_every_model_runs_on_another_device_with_the_numbers_of_t
     actual = losses(settings, rows, sim)
     assert expected.keys() == actual.keys()
     for stage, (loss, gradients) in expected.items():
-        assert actual[stage][0] == pytest.approx(loss, rel=1e-5), stage
+        assert actual[stage][0] == pytest.approx(loss, rel=RTOL), stage
         assert gradients.keys() <= actual[stage][1].keys()  # a network without rows has no gradient on the CPU, zeros elsewhere
         largest = max(gradient.abs().max().item() for gradient in gradients.values())
         for parameter, gradient in gradients.items():
-            torch.testing.assert_close(actual[stage][1][parameter], gradient, rtol=1e-3, atol=1e-6 * largest)
+            torch.testing.assert_close(actual[stage][1][parameter], gradient, rtol=100 * RTOL, atol=RTOL / 10 * largest)
 
 
+@simulated
 def test_tensor_that_is_left_on_the_cpu_is_an_error(sim: torch.device) -> None:
     on_device = torch.ones(3, device=sim)
     assert isinstance(on_device, SimulatedTensor)
@@ -138,6 +151,8 @@ def test_full_device_memory_names_batch_and_remedy_and_keeps_the_run(
     config: Config, rows: Dataset, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Any:
+        if ON_GPU:
+            torch.empty(1 << 45, device="cuda")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     run = Run(tmp_path, config)
@@ -149,6 +164,19 @@ def test_full_device_memory_names_batch_and_remedy_and_keeps_the_run(
     again = Run(tmp_path, halved)  # is not rejected as another run
     assert again.checkpoint()[0] == Position(2, 0)  # type: ignore[index]
     fit.fit(halved, rows, again, Progress(quiet=True))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU, and CONCORD_TEST_DEVICE=cuda")
+def test_bfloat16_on_a_gpu_gives_nearly_the_loss_of_float32(config: Config, rows: Dataset, tmp_path: Any) -> None:
+    elbos = []
+    for precision in ("float32", "bfloat16"):
+        settings = config.model_copy(update={"precision": precision, "device": "cuda"})
+        run = Run(tmp_path / precision, settings)
+        fit.fit(settings, rows, run, Progress(quiet=True))
+        elbos.append([line["elbo"] for line in run.metrics() if "elbo" in line])
+        assert f"products in {precision}" in device.describe(settings, torch.device("cuda", 0))
+    assert elbos[1] != elbos[0]
+    assert elbos[1] == pytest.approx(elbos[0], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
