@@ -128,13 +128,9 @@ def _bundle(folder: Path, settings: Settings) -> Iterator[Finding]:
     for file, nodes in runtime.nodes_by_provider().items():
         yield Finding("graph", True, f"{file}: " + ", ".join(f"{count} nodes {name}" for name, count in sorted(nodes.items())))
     if runtime.device.graphs:
-        captured = ", ".join(sorted(runtime.captured_graphs)) or "none"
-        yield Finding(
-            "cuda graphs",
-            runtime.captured_graphs == runtime.fixed_graphs.keys(),
-            f"recorded: {captured}",
-            "ONNX Runtime refuses the others, and the log says why. They run without. CONCORD_CUDA_GRAPHS=false accepts that",
-        )
+        captured, others = sorted(runtime.captured_graphs), sorted(runtime.fixed_graphs.keys() - runtime.captured_graphs)
+        found = f"recorded: {', '.join(captured) or 'none'}"
+        yield Finding("cuda graphs", True, found + (f"; slower without: {', '.join(others)}" if others else ""))
     try:
         difference = runtime.replay_golden()
         yield Finding("golden", True, f"largest difference {difference:.1e}, allowed {runtime.device.tolerance:g}")

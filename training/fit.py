@@ -58,6 +58,18 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> 
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimiser of the same weights, which may come from another device.
+
+    Weights are in channels-last memory on some devices only, and fused kernels require that moments lie as their weight does.
+    """
+    optimizer.load_state_dict(state)
+    for weight, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.shape == weight.shape:
+                moments[name] = torch.empty_like(weight).copy_(moment)
+
+
 @freed_memory_kept()
 def fit(
     config: Config,
@@ -106,7 +118,7 @@ def fit(
         settings = stage.settings
         optimizer = adamw(model, settings.learning_rate, float(settings.weight_decay))
         if optimizer_state is not None:
-            optimizer.load_state_dict(optimizer_state)
+            load_optimizer_state(optimizer, optimizer_state)
             optimizer_state = None
         is_continued = index == position.stage
         training.fit_stage(

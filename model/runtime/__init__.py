@@ -20,9 +20,9 @@ from concord.model.codec.frozen import EncoderInput
 from concord.model.modality import EncodedModality, Modality, TextModality
 from concord.model.runtime.bound_run import can_capture
 from concord.model.runtime.branch_absent import branch_absent
-from concord.model.runtime.device import CudaError, Device, choose_device
+from concord.model.runtime.device import ERRORS, CudaError, Device, choose_device
 from concord.model.runtime.fixed_batches import FixedBatches, batch_sizes
-from concord.model.runtime.frozen import CPU_ROWS, GPU_ROWS, FrozenEncoder
+from concord.model.runtime.frozen import FrozenEncoder, encoder_sizes
 from concord.model.runtime.refinement_table import ANCHOR, POSTERIOR, RESULT, SLOTS, RefinementTable, table, with_tables
 from concord.model.runtime.skip_absent import skip_absent
 from concord.model.token_sampling import NextToken, sample_tokens, token_log_probabilities
@@ -388,6 +388,8 @@ class Runtime:
         options.inter_op_num_threads = 1
         # On a CPU, where batches have any size, the plans for all sizes together would keep more memory and save no time.
         options.enable_mem_pattern = not self.device.is_cpu
+        if not self.device.is_cpu:
+            options.log_severity_level = ERRORS
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for ``nodes_by_provider``
         # Otherwise ONNX Runtime maps the weights file, and the process dies if that file is truncated.
@@ -430,14 +432,13 @@ class Runtime:
     def _open_encoder(self, name: str, options: onnxruntime.SessionOptions) -> FrozenEncoder:
         encoder = self.bundle.manifest.encoders[name]
         tokenizer = None if encoder.tokenizer is None else self.bundle.content(encoder.tokenizer)
-        rows = CPU_ROWS if self.device.is_cpu else GPU_ROWS
 
         def open_session() -> onnxruntime.InferenceSession:
             session = self._sessions[encoder.graph] = self._open_session(encoder.graph, options)
             return session
 
         try:
-            return FrozenEncoder(encoder, open_session, tokenizer, rows)
+            return FrozenEncoder(encoder, open_session, tokenizer, encoder_sizes(self.device))
         except ValueError as error:
             raise bundle.BundleError(f"{self.bundle.path / encoder.graph}: {error}") from error
 

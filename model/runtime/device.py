@@ -26,6 +26,9 @@ GOLDEN_TOLERANCE = 1e-3
 TF32_TOLERANCE = 5e-3
 """With 10 bits of mantissa, golden examples of the built-in bundles differ by up to 2e-3."""
 
+ERRORS = 3
+"""Severity from which ONNX Runtime logs on a GPU. Its warnings there are lines of text between those of a JSON log."""
+
 ErrorKind = Literal["memory", "lost", "other"]
 """Device memory ran out; the device is lost for this process; any other error."""
 
@@ -140,6 +143,7 @@ def choose_device(name: str, *, memory_mb: int = 0, tf32: bool = False, graphs: 
     if cuda_is_installed():
         with _stdout_to_stderr():
             onnxruntime.preload_dlls()  # CUDA and cuDNN are installed as wheels
+        onnxruntime.set_default_logger_severity(ERRORS)
         return Device("cuda", int(name.partition(":")[2] or 0), memory_mb, tf32, graphs)
     if name == "auto":
         return Device()

@@ -25,6 +25,9 @@ CPU_ROWS = 4
 """Rows of one run on a CPU. More are not faster there, and their activations would fill the memory."""
 GPU_ROWS = 32
 """Rows of one run on a GPU."""
+GPU_SIZES = (1, 4, 16, GPU_ROWS)
+"""Pictures of one run on a GPU, padded. cuDNN plans a convolution anew when its batch size changes, in about 2 ms for each, so
+each size has its own session."""
 _TEXT_INPUTS = (TOKENS, MASK, TOKEN_TYPES)
 
 
@@ -34,7 +37,8 @@ class FrozenEncoder:
     Args:
         open_session: returns the session of the graph.
         tokenizer: content of the tokenizer.json, of an encoder of texts.
-        max_rows: of one run.
+        sizes: numbers of pictures of one run, ascending: others are padded. One number: any up to it. Texts need no padding,
+            because no convolution reads them.
 
     Raises:
         ValueError: graph, tokenizer and description do not fit each other. The message says what to do.
@@ -45,12 +49,14 @@ class FrozenEncoder:
         description: EncoderDescription,
         open_session: Callable[[], onnxruntime.InferenceSession],
         tokenizer: bytes | None = None,
-        max_rows: int = CPU_ROWS,
+        sizes: Sequence[int] = (CPU_ROWS,),
     ) -> None:
         self.description = description
         self.preprocessor = Preprocessor(description, tokenizer)
         self.session = open_session()
-        self._max_rows = max_rows
+        self._max_rows = sizes[-1]
+        is_fixed = len(sizes) > 1 and isinstance(description.preprocessing, ImagePreprocessing)
+        self._fixed = {size: self.session if size == sizes[-1] else open_session() for size in sizes} if is_fixed else {}
         self._inputs = _check_inputs(description, self.session)
         outputs = [output.name for output in self.session.get_outputs()]
         self._output = description.output or outputs[0]
@@ -107,8 +113,13 @@ class FrozenEncoder:
             pixels -= np.array(preprocessing.mean, dtype=np.float32)[:, None, None]
             pixels /= np.array(preprocessing.std, dtype=np.float32)[:, None, None]
             feed = {self._inputs[0]: pixels}
-        (output,) = self.session.run([self._output], {name: feed[name] for name in self._inputs})
-        features = self._pool(np.asarray(output), mask)
+        session = self.session
+        if self._fixed:
+            size = next(size for size in self._fixed if size >= len(inputs))
+            session, pixels = self._fixed[size], feed[self._inputs[0]]
+            feed = {self._inputs[0]: np.concatenate([pixels, np.repeat(pixels[:1], size - len(inputs), axis=0)])}
+        (output,) = session.run([self._output], {name: feed[name] for name in self._inputs})
+        features = self._pool(np.asarray(output)[: len(inputs)], mask)
         if self.description.normalize:
             features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), np.float32(1e-12))
         return np.asarray(features, dtype=np.float32)
@@ -151,7 +162,12 @@ def open_files(files: EncoderFiles, device: Device, threads: int) -> FrozenEncod
             raise ValueError(f"ONNX Runtime cannot load the graph ({error})") from error
 
     tokenizer = None if files.tokenizer is None else files.tokenizer.read_bytes()
-    return FrozenEncoder(files.description, session, tokenizer, CPU_ROWS if device.is_cpu else GPU_ROWS)
+    return FrozenEncoder(files.description, session, tokenizer, encoder_sizes(device))
+
+
+def encoder_sizes(device: Device) -> tuple[int, ...]:
+    """Return the sizes at which frozen encoders run on a device, see ``FrozenEncoder``."""
+    return (CPU_ROWS,) if device.is_cpu else GPU_SIZES
 
 
 def run_once(graph: Path, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:

@@ -333,6 +333,24 @@ def test_training_works_in_both_precisions(make_config: Any, tmp_path: Path, pre
     assert len(metrics) == 8
 
 
+def test_moments_lie_in_memory_as_their_weight_does() -> None:
+    """A GPU trains in channels-last memory and a CPU does not. CUDA's fused kernel rejects moments that lie otherwise."""
+    rows = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    optimizers = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)  # type: ignore[call-overload]
+        optimizers.append(fit.adamw(model, 0.01))
+        model(rows).sum().backward()
+    optimizers[0].step()
+    saved = optimizers[0].state_dict()
+    fit.load_optimizer_state(optimizers[1], saved)
+    for index, (weight, moments) in enumerate(optimizers[1].state.items()):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert moments[name].stride() == weight.stride()
+            torch.testing.assert_close(moments[name], saved["state"][index][name])
+    optimizers[1].step()
+
+
 def test_learning_rate_rises_to_its_peak_then_decays_to_zero() -> None:
     rates = [fit._learning_rate_factor(step, 1000) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -77,6 +78,27 @@ def test_pixels_are_normalised_as_described(tmp_path: Path) -> None:
     normalised = ((pixels / 255 - 0.5) / 0.25).astype(np.float32)
     (expected,) = session.run(None, {network.graph.input[0].name: normalised[None]})
     np.testing.assert_allclose(plain.features([pixels])[0], expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_run_at_fixed_sizes_each_in_its_session_with_the_same_features(tmp_path: Path) -> None:
+    graph = write_image_encoder(tmp_path)
+    runs: list[tuple[int, int]] = []
+
+    class Recording(onnxruntime.InferenceSession):
+        def run(self, output_names: Any, input_feed: Any, *arguments: Any) -> Any:
+            runs.append((id(self), len(next(iter(input_feed.values())))))
+            return super().run(output_names, input_feed, *arguments)
+
+    def session() -> onnxruntime.InferenceSession:
+        return Recording(graph, providers=["CPUExecutionProvider"])
+
+    description = EncoderDescription.model_validate_json((graph.parent / "encoder.json").read_bytes())
+    fixed = FrozenEncoder(description, session, sizes=(1, 4, 8))
+    pictures = list(np.random.default_rng(0).integers(0, 256, (11, 3, SIDE, SIDE), dtype=np.uint8))
+    np.testing.assert_allclose(fixed.features(pictures), opened(graph).features(pictures), rtol=1e-5)
+    fixed.features(pictures[:1])
+    assert [size for _, size in runs] == [8, 4, 1]
+    assert len({number for number, _ in runs}) == 3
 
 
 def test_golden_texts_are_cut_where_requests_are_refused(tmp_path: Path, tiny_facts: dict[str, Any]) -> None:
