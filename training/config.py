@@ -271,6 +271,10 @@ class Contrast(Stage):
     prediction: float = Field(default=0.0, ge=0)
     """Weight of predicting the classes, attributes and numbers of a row from the embedding of each other modality, relative to
     contrastive learning. It trains the aligned encoder and the decoders of these modalities. Concord only."""
+    multimodal_weight: float = Field(default=0.0, ge=0)
+    """Weight of the embedding of several modalities, relative to those of single ones: it has to find, and to predict, the
+    modality that it lacks. Classes and numbers are then predicted from each other, too. 0: only ``align`` trains embeddings of
+    several modalities. Concord only."""
 
 
 class Align(Stage):

@@ -166,24 +166,28 @@ def contrastive_loss(
 
 
 def prediction_loss(
-    model: MultimodalVAE, batch: Batch, embeddings: Float[Tensor, "batch modality latent"], sources: Sequence[int]
+    model: MultimodalVAE,
+    batch: Batch,
+    embeddings: Float[Tensor, "batch source latent"],
+    available: Bool[Tensor, "batch source"],
+    sources: Bool[Tensor, "modality source"],
 ) -> Float[Tensor, " batch"]:
-    """Return -log p(x_t | z) of the classes, attributes and numbers of each row, where z is the embedding of another modality.
+    """Return -log p(x_t | z) of the classes, attributes and numbers of each row, where z is the embedding of a source.
 
     It is in nats for each number, attribute or class, so that a long vector does not outweigh a class. It is a mean over the
     pairs of a target x_t and a source that the row has. Zero without such a pair.
 
     Args:
-        sources: indices of the modalities whose embeddings are decoded.
+        embeddings: of subsets of modalities.
+        available: the embeddings that a row has.
+        sources: those from which each modality is predicted.
     """
-    is_source = torch.tensor([index in sources for index in range(len(model.modalities))]).to(embeddings.device)
     total = torch.zeros(len(batch), device=embeddings.device)
     pairs = torch.zeros(len(batch), device=embeddings.device)
     for index, modality in enumerate(model.modalities):
         if not isinstance(modality, BinaryModality | CategoricalModality | VectorModality):
             continue
-        chosen = batch.present & batch.present[:, index : index + 1] & is_source
-        chosen[:, index] = False
+        chosen = available & batch.present[:, index : index + 1] & sources[index]
         rows, of_source = chosen.nonzero(as_tuple=True)
         if not len(rows):
             continue

@@ -70,6 +70,8 @@ class ContrastStage(Stage):
     means of every two of them by their cosine, as in retrieval. Classes, attributes and numbers are decoded from each of them,
     which trains these decoders too. No large decoder runs, so a step costs little and may have many rows. The encoder starts
     from new weights: those of the joint encoder, which sees everything, retrieve worse.
+
+    With ``multimodal_weight`` the same is done with the mean of several modalities, for each modality that is not among them.
     """
 
     name: ClassVar[str] = "contrast"
@@ -87,16 +89,25 @@ class ContrastStage(Stage):
     def within(self, whole: WholeBatch) -> "ContrastStage":
         return replace(self, whole=whole)
 
-    def embed(self, batch: Batch, noise: Noise) -> Float[Tensor, "row modality latent"]:
-        """Return the posterior means of every single modality, zeros for absent ones."""
+    def embed(self, batch: Batch, noise: Noise) -> Float[Tensor, "row subset latent"]:
+        """Return the posterior means of every single modality and, with ``multimodal_weight``, of several others of each.
+
+        Those are all other modalities in half of the rows, and half of the others in the other rows. Zeros where a row has no
+        modality of a subset, or one of several.
+        """
         features = _features_with_dropout(self.model, batch, noise, self.settings.dropout)
-        singles = torch.eye(len(self.model.modalities), dtype=torch.bool, device=noise.device)
-        students = self.model.aligned.fuse_each(features, batch.present & singles.unsqueeze(1))
-        return torch.stack([student.mean for student in students], dim=1) * batch.present.unsqueeze(-1)
+        single = torch.eye(len(self.model.modalities), dtype=torch.bool, device=noise.device).unsqueeze(1)
+        masks = batch.present & single
+        if self.settings.multimodal_weight:
+            kept = (noise.choices(2) == 0).unsqueeze(1) | (noise.dropout(0.5, len(single)) > 0)
+            several = batch.present & kept & ~single
+            masks = torch.cat((masks, several & (several.sum(2, keepdim=True) > 1)))
+        students = self.model.aligned.fuse_each(features, masks)
+        return torch.stack([student.mean for student in students], dim=1) * masks.any(2).T.unsqueeze(-1)
 
     def __call__(self, batch: Batch, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
         own = embeddings = self.embed(batch, noise)
-        rows = batch
+        rows, count = batch, len(self.model.modalities)
         if self.whole is not None:
             others, part, rows = self.whole.embeddings, self.whole.micro_batch, self.whole.batch
             embeddings = torch.cat((others[: part.start], own, others[part.stop :]))
@@ -111,13 +122,38 @@ class ContrastStage(Stage):
             self.settings.temperature,
             groups.index_select(0, chosen),
         )
+        figures = {"contrast": contrast}
+        itself = torch.eye(count, dtype=torch.bool, device=groups.device)
+        if self.settings.prediction:
+            sources = ~itself & torch.tensor([m in compared for m in range(count)]).to(groups.device)
+            figures["prediction"] = prediction_loss(self.model, batch, own[:, :count], batch.present, sources).mean()
+        if weight := self.settings.multimodal_weight:
+            found = [self._found_by_others(m, embeddings, rows.present, groups[m]) for m in compared]
+            contrast = contrast + weight * torch.stack(found).mean() if found else contrast
+            if self.settings.prediction:
+                available = own.ne(0).any(-1)
+                available[:, :count] &= torch.tensor([m not in compared for m in range(count)]).to(groups.device)
+                of_others = prediction_loss(self.model, batch, own, available, torch.cat((~itself, itself), dim=1)).mean()
+                figures["prediction"] = figures["prediction"] + weight * of_others
         # A micro-batch has the gradient of its rows only. Gradients add up, but the mean over micro-batches is taken.
         parts = len(rows) / len(batch)
-        loss, figures = contrast.detach() + parts * (contrast - contrast.detach()), {"contrast": contrast}
+        loss = contrast.detach() + parts * (contrast - contrast.detach())
         if self.settings.prediction:
-            figures["prediction"] = prediction_loss(self.model, batch, own, compared).mean()
             loss = loss + self.settings.prediction * figures["prediction"]
         return self.weight * loss, figures
+
+    def _found_by_others(
+        self,
+        modality: int,
+        embeddings: Float[Tensor, "row subset latent"],
+        present: Bool[Tensor, "row modality"],
+        groups: Int64[Tensor, " row"],
+    ) -> Float[Tensor, ""]:
+        """Return the contrastive loss between the embedding of a modality and that of several others."""
+        several = embeddings[:, len(self.model.modalities) + modality]
+        pair = torch.stack((embeddings[:, modality], several))
+        has = torch.stack((present[:, modality], several.ne(0).any(-1)), dim=1)
+        return contrastive_loss(pair, has, self.settings.temperature, groups.expand(2, -1))
 
 
 @dataclass(frozen=True)

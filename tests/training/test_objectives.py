@@ -254,9 +254,10 @@ def test_prediction_loss_is_the_mean_over_pairs_of_a_target_and_a_source(tiny_va
             nats = tiny_vae.log_likelihoods(arrays, embeddings[:, source : source + 1])[:, 0, target]
             terms.append(-nats / math.prod(tiny_vae.modalities[target].shape))
     expected = torch.stack(terms).mean(0)
-    loss = prediction_loss(tiny_vae, Batch(arrays, present, None), embeddings, sources)
+    from_sources = ~torch.eye(len(names), dtype=torch.bool) & torch.tensor([m in sources for m in range(len(names))])
+    loss = prediction_loss(tiny_vae, Batch(arrays, present, None), embeddings, present, from_sources)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     present[1], present[1, targets[0]] = False, True
     embeddings[1] = math.nan
-    loss = prediction_loss(tiny_vae, Batch(arrays, present, None), embeddings, sources)
+    loss = prediction_loss(tiny_vae, Batch(arrays, present, None), embeddings, present, from_sources)
     torch.testing.assert_close(loss, torch.tensor([expected[0], 0.0, expected[2]]), rtol=1e-4, atol=1e-5)

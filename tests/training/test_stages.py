@@ -13,7 +13,7 @@ from concord.training import config, stages
 from concord.training.concord import Concord
 from concord.training.data.dataset import Batch
 from concord.training.distributed import Noise
-from concord.training.objectives import contrastive_loss, every_subset
+from concord.training.objectives import contrastive_loss, every_subset, prediction_loss
 from concord.training.posteriors import FlowPosterior
 from concord.training.stages import AlignStage, ContrastStage, FlowStage, JointStage, RefinerStage, RefreshStage
 from concord.training.trainable import Stage, WholeBatch
@@ -340,6 +340,56 @@ def test_contrast_leaves_out_modalities_with_few_values(vae: Concord, batch: Bat
     assert contrast(vae, Batch(constant, present, None), seeded())[1]["contrast"] == 0
 
 
+def test_contrast_embeds_several_others_of_each_modality(vae: Concord, batch: Batch) -> None:
+    present = torch.ones_like(batch.present)
+    present[0], present[0, 1] = False, True
+    rows = Batch(batch.arrays, present, None)
+    stage = ContrastStage(config.Contrast(dropout=0.0, multimodal_weight=1.0), vae, by_class=False)
+    embeddings = stage.embed(rows, seeded())
+    count = len(vae.modalities)
+    assert embeddings.shape == (ROWS, 2 * count, vae.latent)
+    assert not embeddings[0, count:].any(), "a row with one modality has no several others"
+    subsets = [subset for subset in every_subset(count) if subset.sum() > 1]
+    means = torch.stack([vae.aligned(rows.arrays, present & subset).mean for subset in subsets])
+    found = set()
+    for row in range(1, ROWS):
+        for modality in range(count):
+            several = embeddings[row, count + modality]
+            if several.any():
+                (number,) = (means[:, row] - several).abs().amax(1).lt(1e-4).nonzero().flatten().tolist()
+                assert not subsets[number][modality], "it sees the modality that it has to find"
+                found.add((modality, int(subsets[number].sum())))
+    assert {modality for modality, _ in found} == set(range(count))
+    assert {size for _, size in found} == {2, 3}
+
+
+def test_contrast_of_several_adds_what_finds_and_predicts_the_modality_that_they_lack(vae: Concord, batch: Batch) -> None:
+    options = {"temperature": 0.2, "dropout": 0.0, "prediction": 1.0}
+    stage = ContrastStage(config.Contrast(**options, multimodal_weight=0.5), vae, by_class=False)
+    loss, _ = stage(batch, seeded())
+    single, figures = contrast(vae, batch, seeded(), **options)
+    embeddings, count = stage.embed(batch, seeded()), len(vae.modalities)
+    has_several = embeddings[:, count:].ne(0).any(-1)
+    values = [batch.arrays[m.name] for m in vae.modalities]
+    distinct = [m for m, x in enumerate(values) if len(x[batch.present[:, m]].unique(dim=0)) >= stages.DISTINCT * len(x)]
+    groups = [x.unique(dim=0, return_inverse=True)[1] for x in values]
+    pairs = [
+        contrastive_loss(
+            torch.stack((embeddings[:, m], embeddings[:, count + m])),
+            torch.stack((batch.present[:, m], has_several[:, m]), dim=1),
+            0.2,
+            groups[m].expand(2, -1),
+        )
+        for m in distinct
+    ]
+    is_searched = torch.tensor([m in distinct for m in range(count)])
+    available = torch.cat((batch.present & ~is_searched, has_several), dim=1)
+    itself = torch.eye(count, dtype=torch.bool)
+    prediction = prediction_loss(vae, batch, embeddings, available, torch.cat((~itself, itself), dim=1)).mean()
+    torch.testing.assert_close(loss, single + 0.5 * (torch.stack(pairs).mean() + prediction))
+    assert figures["contrast"] > 0
+
+
 def test_contrast_with_class_pairing_has_no_negatives_of_the_same_class(vae: Concord, batch: Batch) -> None:
     labels = torch.zeros(ROWS, dtype=torch.int64)
     labelled = Batch(batch.arrays, batch.present, labels)
@@ -355,8 +405,10 @@ def test_dropout_changes_the_aligned_encoder_only(vae: Concord, batch: Batch) ->
     assert (whole["elbo"], whole["refined"]) == (dropped["elbo"], dropped["refined"]), "the joint encoder sees everything"
 
 
-def test_contrast_of_micro_batches_has_the_gradient_of_the_whole_batch(vae: Concord, batch: Batch) -> None:
-    stage = ContrastStage(config.Contrast(prediction=1.0), vae, by_class=False, weight=3.0)
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_contrast_of_micro_batches_has_the_gradient_of_the_whole_batch(vae: Concord, batch: Batch, weight: float) -> None:
+    settings = config.Contrast(prediction=1.0, multimodal_weight=weight)
+    stage = ContrastStage(settings, vae, by_class=False, weight=3.0)
     loss, _ = stage(batch, seeded())
     expected = gradients(vae, loss, "aligned") + gradients(vae, loss, "decoders")
     parts = [slice(0, 1), slice(1, 4), slice(4, ROWS)]
