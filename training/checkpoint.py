@@ -71,7 +71,8 @@ class Run:
                 shown = ", ".join(differences[:_MAX_SHOWN]) + (", …" if differences[_MAX_SHOWN:] else "")
                 raise RunError(
                     f"{path}: holds a run with another configuration (sha256 {sha256[:12]}, this one {config.sha256[:12]}"
-                    f"{f'; {shown}' if shown else ''}). Name another folder with --out, or start over with --fresh"
+                    f"{f'; {shown}' if shown else ''}). Pass the options that the run was started with (--seed, --epochs, "
+                    "--rows-per-epoch), name another folder with --out, or start over with fit --fresh"
                 )
         else:
             write_atomically(file, json.dumps({"sha256": config.sha256, **config.model_dump(mode="json")}, indent=1))

@@ -55,7 +55,7 @@ def test_run_keeps_its_configuration_and_rejects_another(run: Run, make_config: 
 def test_another_configuration_is_rejected_with_the_keys_that_differ(
     run: Run, make_config: Any, change: dict[str, Any], expected: str
 ) -> None:
-    with pytest.raises(RunError, match=rf"another configuration \(sha256 .*; {re.escape(expected)}\)\. Name another folder"):
+    with pytest.raises(RunError, match=rf"another configuration \(sha256 .*; {re.escape(expected)}\)\. Pass the options"):
         Run(run.path, make_config(**change))
 
 
