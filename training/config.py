@@ -158,6 +158,10 @@ class Data(_Table):
     rows: Literal["all", "complete"] = "all"
     """Training rows. all: every row, with the modalities it has. complete: rows with all modalities. The test split always has
     all rows."""
+    subset_balance: float = Field(default=0.0, ge=0, le=1)
+    """How often training sees rows by their subset of modalities, with ``pairing = "row"``. 0: every row once in each epoch. 1:
+    every subset equally often, so rows of rare subsets are repeated. Between: in proportion to the number of its rows to the
+    power of 1 - ``subset_balance``. An epoch has the same length."""
     class_names: tuple[str, ...] | None = None
     """Names of the classes, in the order of the label numbers. None: the names in the sources."""
     rows_per_epoch: PositiveInt | None = None
@@ -500,6 +504,8 @@ class Config(_Table):
                 f'data.pairing = "row" takes the rows of one source, received {len(self.data.sources)}: '
                 'join them into one file, or pair by "class"'
             )
+        if self.data.pairing == "class" and self.data.subset_balance:
+            raise ValueError('data.subset_balance takes pairing = "row": rows that are paired by class have no fixed subset')
         if self.data.shards and (self.data.pairing == "class" or self.contrast.epochs or self.align.contrast_weight):
             raise ValueError(
                 'data.shards = true takes pairing = "row" and no contrastive learning, which compares all rows of a batch: set '

@@ -112,6 +112,7 @@ class Dataset:
         self._encoded = {m.name for m in self.modalities if isinstance(m, EncodedModality)}
         self._word_dropout = data.word_dropout
         self._averaged = set(data.average_texts)
+        self._balance = 0.0
         self._multiple_texts = [m.name for m in self.modalities if self.columns[m.name].starts is not None]
         if rows_per_epoch is not None and rows_per_epoch > len(self):
             raise DataError(
@@ -167,7 +168,7 @@ class Dataset:
         steps = self.steps_per_epoch(batch_size, shuffle=shuffle)
         rows = self._rows
         if shuffle:
-            rows = _generator(seed, epoch, 0).permutation(rows)[: self._rows_per_epoch]
+            rows = self._shuffled(_generator(seed, epoch, 0))[: self._rows_per_epoch]
         if shuffle and self.shard:
             rows, batch_size = rows[: self.shard.smallest], batch_size // self.shard.size
         table_rows = self._pair(rows, epoch, seed)
@@ -248,6 +249,26 @@ class Dataset:
         present = np.stack([column.present[self._rows] for column in self.columns.values()])
         view._rows = self._rows[present.sum(axis=0) > 1]
         return view
+
+    def balanced(self, balance: float) -> "Dataset":
+        """Return a view that samples rows by their subset of modalities in training, see ``Data.subset_balance``."""
+        view = copy(self)
+        view._balance = balance
+        return view
+
+    def _shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return the rows of an epoch in random order: each once, or as often as ``balanced`` says."""
+        if not self._balance:
+            return generator.permutation(self._rows)
+        present = np.stack([column.present[self._rows] for column in self.columns.values()], axis=1)
+        _, subset, counts = np.unique(present, axis=0, return_inverse=True, return_counts=True)
+        shares = counts ** (1 - self._balance) / np.sum(counts ** (1 - self._balance))
+        bounds = np.rint(np.concatenate(([0.0], np.cumsum(shares))) * len(self._rows)).astype(np.int64)
+        parts = []
+        for number, wanted in enumerate(np.diff(bounds)):
+            own = self._rows[subset == number]
+            parts += [own] * (wanted // len(own)) + [generator.permutation(own)[: wanted % len(own)]]
+        return generator.permutation(np.concatenate(parts))
 
     def subsets(self) -> dict[tuple[str, ...], int]:
         """Return the number of rows with each subset of modalities, the most frequent subset first.

@@ -258,6 +258,26 @@ def test_with_pairs_keeps_all_rows_that_are_paired_by_class(rows: dataset.Datase
     assert len(rows.with_pairs()) == len(rows)
 
 
+def test_balanced_rows_of_rare_subsets_are_sampled_more_often(tmp_path: Path) -> None:
+    two = [[0.0, 9.0], [0.0, 9.0], *[None] * 18]
+    rows = by_row(tmp_path, {"one": [[float(row), 0.0] for row in range(20)], "two": two, "text": ["a"] * 20})
+    assert rows.balanced(0.0).steps_per_epoch(1) == rows.balanced(1.0).steps_per_epoch(1) == 20
+    unchanged, even, between = (column(rows.balanced(b).batches(0, 5, 0), "first", 0) for b in (0.0, 1.0, 0.5))
+    assert unchanged == column(rows.batches(0, 5, 0), "first", 0)
+    assert np.bincount(even, minlength=20)[:2].tolist() == [5, 5]
+    assert np.bincount(even, minlength=20)[2:].max() == 1
+    assert np.bincount(between, minlength=20)[:2].sum() == 5  # 20 · √2 / (√2 + √18)
+    assert even == column(rows.balanced(1.0).batches(0, 5, 0), "first", 0)
+    assert even != column(rows.balanced(1.0).batches(1, 5, 0), "first", 0)
+    assert sorted(column(rows.balanced(1.0).batches(0, 5, 0, shuffle=False), "first", 0)) == list(range(20))
+    assert sorted(column(rows.balanced(1.0).with_pairs().batches(0, 20, 0), "first", 0)) != list(range(20))
+
+
+def test_balance_of_rows_paired_by_class_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r'data\.subset_balance takes pairing = "row"'):
+        paired(subset_balance=0.5)
+
+
 def test_complete_rows_restrict_training_rows_and_vocabulary(tmp_path: Path) -> None:
     """Test rows stay the same."""
     for selection, trained, words in (("all", [0, 1, 2, 3, 4, 5], {"a", "b"}), ("complete", [0, 2, 4], {"a"})):
