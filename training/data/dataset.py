@@ -250,6 +250,16 @@ class Dataset:
         view._rows = self._rows[present.sum(axis=0) > 1]
         return view
 
+    def texts(self, name: str) -> list[Int64[np.ndarray, "text length"]]:
+        """Return the tokens of all texts of each row, in the order of ``batches`` without ``shuffle``. Zeros where absent.
+
+        With pairing by class, the partner rows are those of epoch 0 and seed 0.
+        """
+        rows, column = self._pair(self._rows, 0, 0)[self._table_index[name]], self.columns[name]
+        if column.starts is None:
+            return list(column.values[rows][:, np.newaxis])
+        return [column.values[column.starts[row] : column.starts[row + 1]] for row in rows]
+
     def balanced(self, balance: float) -> "Dataset":
         """Return a view that samples rows by their subset of modalities in training, see ``Data.subset_balance``."""
         view = copy(self)
