@@ -407,7 +407,7 @@ def _evaluate(
             figures |= evaluate_generation(settings, model, test, classifiers, GENERATED_ROWS, progress)
         figures["training"] = run.cost()
         run.write(EVALUATION, figures)
-        render_grid(model, select_examples(test)).save(run.path / GRID, optimize=True)
+        render_grid(model, *select_examples(test)).save(run.path / GRID, optimize=True)
     _print_figures(figures)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -259,6 +259,29 @@ class Dataset:
         if column.starts is None:
             return list(column.values[rows][:, np.newaxis])
         return [column.values[column.starts[row] : column.starts[row + 1]] for row in rows]
+
+    def first_shuffled(self, count: int) -> NDArray[np.int64]:
+        """Return the numbers of the rows of the first batch of this size in epoch 0 with seed 0, see ``batches``."""
+        return self._shuffled(_generator(0, 0, 0))[:count]
+
+    def pictures(
+        self, name: str, rows: Int64[np.ndarray, " row"], side: int
+    ) -> tuple[Float32[np.ndarray, "row feature"], UInt8[np.ndarray, "row 3 {side} {side}"]] | None:
+        """Return features and pictures of a modality with a frozen encoder, read from the file again.
+
+        Args:
+            rows: numbers of rows that have the modality, see ``first_shuffled``.
+            side: height and width of the pictures.
+
+        Returns:
+            None if the rows are paired with those of other tables.
+        """
+        read_as = self._tables[0].read_as
+        if len(self._tables) > 1 or read_as is None:
+            return None
+        rows = np.sort(rows)
+        pictures = read_as(name, rows, ImageModality(name=name, channels=3, height=side, width=side))
+        return self.columns[name].values[rows], pictures.values
 
     def balanced(self, balance: float) -> "Dataset":
         """Return a view that samples rows by their subset of modalities in training, see ``Data.subset_balance``."""
