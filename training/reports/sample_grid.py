@@ -40,7 +40,7 @@ class Gallery(NamedTuple):
         """Return the picture whose features are most similar, by their cosine."""
         norms = np.linalg.norm(self.features, axis=1)
         place = np.argmax(self.features @ features / np.maximum(norms, 1e-12))
-        return np.divide(self.pictures[place], 255, dtype=np.float32)
+        return np.asarray(self.pictures[place] / np.float32(255))
 
 
 def select_examples(test: Dataset) -> tuple[Batch, dict[str, Gallery]]:
