@@ -479,8 +479,8 @@ def _text_scores(values: dict[str, Any]) -> str:
     if "nats" in values:
         parts.append(f"{values['nats']:.2f} nats a token, {values['nats_shuffled']:.2f} with the z of another row")
     if "cider" in values:
-        neighbour = f", of the nearest training text {values['cider_neighbour']:.2f}" if "cider_neighbour" in values else ""
-        parts.append(f"CIDEr-D {values['cider']:.2f}, with the mean of z {values['of_mean']['cider']:.2f}{neighbour}")
+        nearest = f", of the nearest training text {values['cider_nearest']:.2f}" if "cider_nearest" in values else ""
+        parts.append(f"CIDEr-D {values['cider']:.2f}, with the mean of z {values['of_mean']['cider']:.2f}{nearest}")
     for name, found in values.get("classes", {}).items():
         parts.append(f"{name} right in {found['accuracy']:.3f}, as generated in {found['agreement']:.3f}")
     return "; ".join(parts)

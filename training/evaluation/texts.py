@@ -24,7 +24,7 @@ from concord.training.trainable import TrainableModel
 TEXT_ROWS = 500
 """Test rows from which texts are generated, and test rows whose texts are predicted, at most."""
 TRAINING_ROWS = 50_000
-"""Training rows, from the first one on, in which neighbours are searched and to whose texts classifiers are fitted, at most."""
+"""Training rows, from the first one on, that are searched for similar ones and to whose texts classifiers are fitted, at most."""
 _BATCH_ROWS = 250
 
 Classify = Callable[[Sequence[Words]], Int64[np.ndarray, " text"]]
@@ -48,7 +48,7 @@ def evaluate_texts(model: TrainableModel, train: Dataset, test: Dataset) -> dict
     Their difference is the information of z about a token. ``nats`` from the text itself is that of its reconstruction.
 
     ``cider``: mean CIDEr-D of texts that are generated from these rows, where all texts of a row are its references. Omitted
-    if the source is the text itself, or if texts have less than two words. ``cider_neighbour``: of the texts of the training
+    if the source is the text itself, or if texts have less than two words. ``cider_nearest``: of the texts of the training
     row whose value of the source is most similar, the mean over them. Similarity is the cosine of ``linear.features``. Omitted
     for texts and classes as source, and if few of the values are distinct.
 
@@ -79,8 +79,8 @@ def evaluate_texts(model: TrainableModel, train: Dataset, test: Dataset) -> dict
                 metrics["of_mean"] = of_text.generated(rows, rows.mean, cider)
             if len(own) > 1:
                 metrics |= of_text.predicted(rows)
-            if cider and (neighbours := read().neighbours(source, rows.batch.arrays.get(source), rows.observed, modality)):
-                metrics["cider_neighbour"] = _neighbour_score(cider, neighbours)
+            if cider and (nearest := read().nearest_texts(source, rows.batch.arrays.get(source), rows.observed, modality)):
+                metrics["cider_nearest"] = _nearest_score(cider, nearest)
             if metrics:
                 found.setdefault(modality.name, {})[source] = metrics
     return {"texts": found} if found else {}
@@ -229,7 +229,7 @@ class _TrainingRows:
         classes = {m.name: joined.pop(m.name) for m in data.modalities if isinstance(m, CategoricalModality)}
         return cls(data, present, joined, classes)
 
-    def neighbours(
+    def nearest_texts(
         self, source: str, values: Tensor | None, rows: Int64[np.ndarray, " row"], target: TextModality
     ) -> list[list[Words]] | None:
         """Return the texts of the training row whose value of ``source`` is most similar, for each of ``rows``.
@@ -268,9 +268,9 @@ def _fit_classifiers(modality: TextModality, train: Dataset, read: Callable[[], 
     return classifiers
 
 
-def _neighbour_score(cider: CiderD, neighbours: Sequence[Sequence[Words]]) -> float:
-    """Return the mean score of the texts of each row's neighbour. Unknown words of a text equal no other word."""
-    known = [[tuple(word if word != texts.UNKNOWN_WORD else object() for word in text) for text in own] for own in neighbours]
+def _nearest_score(cider: CiderD, nearest: Sequence[Sequence[Words]]) -> float:
+    """Return the mean score of the texts of the nearest training rows. Unknown words of a text equal no other word."""
+    known = [[tuple(word if word != texts.UNKNOWN_WORD else object() for word in text) for text in own] for own in nearest]
     most = max(map(len, known))
     scores = [cider([own[number % len(own)] for own in known]) for number in range(most)]
     return float(np.mean(scores))

@@ -337,9 +337,9 @@ def _text_values(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     if "cider" in values:
         yield "CIDEr-D ↑", values["cider"]
         yield "CIDEr-D with the mean of z ↑", values["of_mean"]["cider"]
-    if values.get("cider_neighbour"):
-        yield "CIDEr-D of the nearest training row", values["cider_neighbour"]
-        yield "CIDEr-D by that of the nearest training row ↑", values["cider"] / values["cider_neighbour"]
+    if values.get("cider_nearest"):
+        yield "CIDEr-D of the nearest training row", values["cider_nearest"]
+        yield "CIDEr-D by that of the nearest training row ↑", values["cider"] / values["cider_nearest"]
     for name, classes in values.get("classes", {}).items():
         yield f"{name}: text of the row's class ↑", classes["accuracy"]
         yield f"{name}: with the mean of z ↑", values["of_mean"]["classes"][name]["accuracy"]

@@ -13,7 +13,7 @@ from concord.training.checkpoint import Run
 from concord.training.data import dataset
 from concord.training.evaluation.metrics.cider import CiderD
 from concord.training.evaluation.metrics.texts import UNKNOWN_WORD, words
-from concord.training.evaluation.texts import _neighbour_score, _TrainingRows, evaluate_texts
+from concord.training.evaluation.texts import _nearest_score, _TrainingRows, evaluate_texts
 from concord.training.fit import build, fit
 from concord.training.progress import Progress
 
@@ -117,20 +117,20 @@ def with_classes(settings: config.Config, test: str) -> config.Config:
     )
 
 
-def test_evaluate_texts_compares_captions_with_references_neighbours_and_classes(folder: Path, tmp_path: Path) -> None:
+def test_evaluate_texts_compares_captions_with_references_nearest_rows_and_classes(folder: Path, tmp_path: Path) -> None:
     settings = with_classes(settings_of(folder, "autoregressive"), "classes-test.parquet")
     train, test = dataset.load(settings, "train"), dataset.load(settings, "test")
     model = fit(settings, train, Run(tmp_path, settings), Progress()).requires_grad_(False)
     found = evaluate_texts(model, train, test)["texts"]["caption"]
     of_photo, of_class, own = found["vector"], found["noun"], found["caption"]
     # All words that vary are right. Two of the four words are in all references, so they have no weight.
-    assert of_photo["cider_neighbour"] > 5
-    assert of_photo["cider"] > 0.9 * of_photo["cider_neighbour"]
+    assert of_photo["cider_nearest"] > 5
+    assert of_photo["cider"] > 0.9 * of_photo["cider_nearest"]
     assert of_photo["of_mean"]["cider"] >= of_photo["cider"] - 0.2
     assert of_class["cider"] < 0.8 * of_photo["cider"], "the class does not determine the colour"
-    assert found["others"]["cider"] > 0.9 * of_photo["cider_neighbour"]
+    assert found["others"]["cider"] > 0.9 * of_photo["cider_nearest"]
     assert "cider" not in own, "the text is one of its references"
-    assert not {"cider_neighbour"} & (of_class.keys() | own.keys() | found["others"].keys())
+    assert not {"cider_nearest"} & (of_class.keys() | own.keys() | found["others"].keys())
     for values in (of_photo, of_class, own, of_photo["of_mean"]):
         assert values["classes"]["noun"]["rows"] == 62
         assert values["classes"]["noun"]["own_texts"] == 1
@@ -142,23 +142,23 @@ def test_evaluate_texts_compares_captions_with_references_neighbours_and_classes
     assert other["agreement"] > 0.9
 
 
-def test_evaluate_texts_neighbour_is_the_training_row_with_the_most_similar_value(folder: Path) -> None:
+def test_evaluate_texts_nearest_texts_are_of_the_training_row_with_the_most_similar_value(folder: Path) -> None:
     settings = with_classes(settings_of(folder, "autoregressive"), "classes-train.parquet")
     train = dataset.load(settings, "train")
     rows = _TrainingRows.read(train)
     caption = train.modalities[1]
     assert isinstance(caption, TextModality)
     vectors = next(train.batches(0, 400, 0, shuffle=False)).arrays["vector"]
-    neighbours = rows.neighbours("vector", vectors + 0.001, np.arange(3, 50), caption)
-    assert neighbours == [[words(caption, text) for text in own] for own in train.texts("caption")[3:50]]
-    assert rows.neighbours("noun", vectors, np.arange(3), caption) is None
-    assert rows.neighbours("vector", vectors[:1].repeat(50, 1), np.arange(50), caption) is None
+    nearest = rows.nearest_texts("vector", vectors + 0.001, np.arange(3, 50), caption)
+    assert nearest == [[words(caption, text) for text in own] for own in train.texts("caption")[3:50]]
+    assert rows.nearest_texts("noun", vectors, np.arange(3), caption) is None
+    assert rows.nearest_texts("vector", vectors[:1].repeat(50, 1), np.arange(50), caption) is None
 
 
-def test_neighbour_score_of_unknown_words_is_that_of_other_words() -> None:
-    """The references have an unknown word, and so has a neighbour: they need not be the same word."""
+def test_nearest_score_of_unknown_words_is_that_of_other_words() -> None:
+    """The references have an unknown word, and so has the nearest row: they need not be the same word."""
     cider = CiderD([[(2, UNKNOWN_WORD, 3)], [(4, 5)]])
-    assert _neighbour_score(cider, [[(2, UNKNOWN_WORD, 3)], [(4, 5)]]) == _neighbour_score(cider, [[(2, 9, 3)], [(4, 5)]])
+    assert _nearest_score(cider, [[(2, UNKNOWN_WORD, 3)], [(4, 5)]]) == _nearest_score(cider, [[(2, 9, 3)], [(4, 5)]])
 
 
 def test_evaluate_texts_without_texts_is_empty(folder: Path) -> None:

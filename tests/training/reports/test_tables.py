@@ -300,7 +300,7 @@ def of_texts(cider: float) -> dict[str, Any]:
     generated = {"rows": 500, "known_pairs": 0.9, "distinct": 0.5, "repeats": 0.0, "tokens": 9.0}
     classes = {"kind": {"rows": 500, "accuracy": 0.75, "agreement": 0.8, "own_texts": 0.95}}
     mean = {**generated, "cider": 2 * cider, "classes": classes}
-    photo = {**generated, "cider": cider, "of_mean": mean, "classes": classes, "cider_neighbour": 0.5}
+    photo = {**generated, "cider": cider, "of_mean": mean, "classes": classes, "cider_nearest": 0.5}
     itself = {**generated, "known_pairs": None, "of_mean": generated, "predicted_rows": 400, "nats": 2.5, "nats_shuffled": 3.0}
     return {"texts": {"caption": {"photo": photo, "caption": itself}}}
 
