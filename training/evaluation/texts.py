@@ -24,7 +24,7 @@ from concord.training.trainable import TrainableModel
 TEXT_ROWS = 500
 """Test rows from which texts are generated, and test rows whose texts are predicted, at most."""
 TRAINING_ROWS = 50_000
-"""Training rows, from the first one on, that are searched for similar ones and to whose texts classifiers are fitted, at most."""
+"""Training rows, from the first one on, that are compared with test rows and to whose texts classifiers are fitted, at most."""
 _BATCH_ROWS = 250
 
 Classify = Callable[[Sequence[Words]], Int64[np.ndarray, " text"]]
