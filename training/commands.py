@@ -53,6 +53,7 @@ from concord.training.reports.tables import (
     write_methods,
     write_rows,
     write_section,
+    write_sentences,
     write_teachers,
 )
 from concord.training.run_data import RunData, keep_run_data
@@ -63,6 +64,8 @@ from concord.training.tune import tune as run_search
 
 P = ParamSpec("P")
 
+SENTENCES = ("birds-captions", "flickr8k-captions", "fashion-titles")
+"""Folders of results of models that generate sentences."""
 METHODS = ("birds-features-contrast", "birds-encoded", "flickr8k", "fashion")
 """Folders of results that compare models on retrieval and prediction, each with a section of its name."""
 GENERATED_ROWS = 2000
@@ -298,6 +301,7 @@ def report(root: Path, bundle: Path | None, results: Path) -> None:
     write_teachers(document, results / "birds-features")
     for name in METHODS:
         write_methods(document, results / name)
+    write_sentences(document, [results / name for name in SENTENCES])
     charts = write_comparisons(document, results) + write_comparisons(document, results / "ablations", "ablations")
     for chart in charts:
         print(chart)
@@ -407,7 +411,7 @@ def _evaluate(
             figures |= evaluate_generation(settings, model, test, classifiers, GENERATED_ROWS, progress)
         figures["training"] = run.cost()
         run.write(EVALUATION, figures)
-        render_grid(model, select_examples(test)).save(run.path / GRID, optimize=True)
+        render_grid(model, *select_examples(test)).save(run.path / GRID, optimize=True)
     _print_figures(figures)
 
 
@@ -474,6 +478,11 @@ def _text_scores(values: dict[str, Any]) -> str:
         parts.append(f"{values['rows']:,} texts, {known}, {values['distinct']:.3f} distinct")
     if "nats" in values:
         parts.append(f"{values['nats']:.2f} nats a token, {values['nats_shuffled']:.2f} with the z of another row")
+    if "cider" in values:
+        nearest = f", of the nearest training text {values['cider_nearest']:.2f}" if "cider_nearest" in values else ""
+        parts.append(f"CIDEr-D {values['cider']:.2f}, with the mean of z {values['of_mean']['cider']:.2f}{nearest}")
+    for name, found in values.get("classes", {}).items():
+        parts.append(f"{name} right in {found['accuracy']:.3f}, as generated in {found['agreement']:.3f}")
     return "; ".join(parts)
 
 

@@ -155,9 +155,17 @@ class Data(_Table):
     word_dropout: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default={})
     """Text modalities with the autoregressive likelihood, and the share of their tokens that the decoder does not see when it
     predicts the next ones, sampled in every epoch (Bowman et al. 2016). Higher: the decoder relies more on z."""
+    other_texts: tuple[str, ...] = ()
+    """Text modalities with the autoregressive likelihood whose decoder predicts another text of the row than the encoder reads,
+    sampled in every epoch. z then holds what the texts of a row share, and not the wording of one. Rows with a single text
+    predict that."""
     rows: Literal["all", "complete"] = "all"
     """Training rows. all: every row, with the modalities it has. complete: rows with all modalities. The test split always has
     all rows."""
+    subset_balance: float = Field(default=0.0, ge=0, le=1)
+    """How often training sees rows by their subset of modalities, with ``pairing = "row"``. 0: every row once in each epoch. 1:
+    every subset equally often, so rows of rare subsets are repeated. Between: in proportion to the number of its rows to the
+    power of 1 - ``subset_balance``. An epoch has the same length."""
     class_names: tuple[str, ...] | None = None
     """Names of the classes, in the order of the label numbers. None: the names in the sources."""
     rows_per_epoch: PositiveInt | None = None
@@ -481,15 +489,6 @@ class Config(_Table):
         if wrong := [name for name in names if columns[name] != 1]:
             counts = ", ".join(f"{name} has {columns[name]}" for name in wrong)
             raise ValueError(f"each modality needs exactly one column among [[data.sources]]: {counts}")
-        texts = [m.name for m in self.modalities if isinstance(m, TextModality) and m.likelihood != "autoregressive"]
-        if wrong := [name for name in self.data.random_offset if name not in texts]:
-            raise ValueError(f"data.random_offset names {wrong}, the texts that can be shifted are {texts}")
-        sequences = [m.name for m in self.modalities if isinstance(m, TextModality) and m.likelihood == "autoregressive"]
-        if wrong := [name for name in self.data.word_dropout if name not in sequences]:
-            raise ValueError(f"data.word_dropout names {wrong}, the autoregressive text modalities are {sequences}")
-        encoded = [m.name for m in self.modalities if isinstance(m, EncodedModality) and m.kind == "text"]
-        if wrong := [name for name in self.data.average_texts if name not in encoded]:
-            raise ValueError(f"data.average_texts names {wrong}, the text modalities with an encoder are {encoded}")
         images = [m.name for m in self.modalities if isinstance(m, ImageModality)]
         audio = [m.name for m in self.modalities if isinstance(m, AudioModality)]
         for key, title, allowed in (
@@ -504,6 +503,8 @@ class Config(_Table):
                 f'data.pairing = "row" takes the rows of one source, received {len(self.data.sources)}: '
                 'join them into one file, or pair by "class"'
             )
+        if self.data.pairing == "class" and self.data.subset_balance:
+            raise ValueError('data.subset_balance takes pairing = "row": rows that are paired by class have no fixed subset')
         if self.data.shards and (self.data.pairing == "class" or self.contrast.epochs or self.align.contrast_weight):
             raise ValueError(
                 'data.shards = true takes pairing = "row" and no contrastive learning, which compares all rows of a batch: set '
@@ -511,4 +512,18 @@ class Config(_Table):
             )
         if self.data.pairing == "class" and any(source.label is None for source in self.data.sources):
             raise ValueError('data.pairing = "class" needs a label column in every [[data.sources]]')
+        return self
+
+    @model_validator(mode="after")
+    def _texts_agree(self) -> "Config":
+        texts = [m.name for m in self.modalities if isinstance(m, TextModality) and m.likelihood != "autoregressive"]
+        if wrong := [name for name in self.data.random_offset if name not in texts]:
+            raise ValueError(f"data.random_offset names {wrong}, the texts that can be shifted are {texts}")
+        sequences = [m.name for m in self.modalities if isinstance(m, TextModality) and m.likelihood == "autoregressive"]
+        for key in ("word_dropout", "other_texts"):
+            if wrong := [name for name in getattr(self.data, key) if name not in sequences]:
+                raise ValueError(f"data.{key} names {wrong}, the autoregressive text modalities are {sequences}")
+        encoded = [m.name for m in self.modalities if isinstance(m, EncodedModality) and m.kind == "text"]
+        if wrong := [name for name in self.data.average_texts if name not in encoded]:
+            raise ValueError(f"data.average_texts names {wrong}, the text modalities with an encoder are {encoded}")
         return self

@@ -96,6 +96,7 @@ def fit(
     group.validate(config)
     torch.set_num_threads(config.threads_per_process(local_world_size()))
     training_rows, validation = data.hold_out(config.validation.rows) if config.validation.rows else (data, None)
+    training_rows = training_rows.balanced(config.data.subset_balance)
     model = build(config, data.modalities)
     stages = model.stages(config)
     position, optimizer_state, window, best = Position(), None, Window(), Best()

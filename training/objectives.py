@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from concord.model.modality import BinaryModality, CategoricalModality, VectorModality
 from concord.model.vae.gaussian import Gaussian, kl, sample, standard_like
+from concord.model.vae.generative import Arrays, context_name, target_name
 from concord.model.vae.likelihood import log_likelihood
 from concord.model.vae.multimodal import MultimodalVAE
 from concord.training.config import Divergence
@@ -51,6 +52,13 @@ def elbos(
     ]
 
 
+def as_requested(arrays: Arrays) -> Arrays:
+    """Return the arrays as a request has them: a decoder of a text predicts the text that is given, not another one."""
+    names = [name for name in arrays if target_name(name) in arrays]
+    replaced = {derived for name in names for derived in (target_name(name), context_name(name))}
+    return {name: array for name, array in arrays.items() if name not in replaced}
+
+
 def refine(
     model: MultimodalVAE,
     batch: Batch,
@@ -66,24 +74,25 @@ def refine(
     gradient of the ELBO at lambda_{t+1} by the chain rule, without another pass through the decoders.
 
     Args:
+        batch: rows. Refinement reads the texts that are given, also where decoders predict others, see ``target_name``.
         noise: of the gradients that the refiner reads, the same in every step.
         evaluation_noise: independent noise for each step, for the ELBO that trains the refiner. With ``noise`` itself, the
             refiner would learn to fit that noise: the ELBO rises on it and falls on any other. None: the refiner is not
             trained.
         anchor: second argument of the KL term. None: the prior, and the objective is the ELBO.
     """
-    posterior = start.detach()
+    arrays, posterior = as_requested(batch.arrays), start.detach()
     anchor = standard_like(posterior) if anchor is None else anchor.detach()
     loss = torch.zeros_like(posterior.mean[:, 0])
     for step in range(steps):
         with torch.no_grad():
-            gradient, _ = model.gradient(batch.arrays, batch.present, posterior, anchor, noise)
+            gradient, _ = model.gradient(arrays, batch.present, posterior, anchor, noise)
         with torch.set_grad_enabled(evaluation_noise is not None):
             refined = model.refiner(posterior, gradient)
         posterior = refined.detach()
         if evaluation_noise is not None:
             with torch.no_grad():
-                elbo_gradient, _ = model.gradient(batch.arrays, batch.present, posterior, anchor, evaluation_noise[step])
+                elbo_gradient, _ = model.gradient(arrays, batch.present, posterior, anchor, evaluation_noise[step])
             loss = loss - (refined.mean * elbo_gradient.mean + refined.log_var * elbo_gradient.log_var).sum(-1)
     return RefinementResult(posterior, loss)
 

@@ -25,6 +25,11 @@ def context_name(modality: str) -> str:
     return f"{modality} context"  # no modality has a space in its name
 
 
+def target_name(modality: str) -> str:
+    """Name of the texts that the decoder of a text predicts, if they are others than those that the encoder reads."""
+    return f"{modality} target"
+
+
 class Generative(nn.Module):
     """Decoders of z ~ N(0, I). A subclass adds its encoders and calls ``build_decoders``.
 
@@ -117,7 +122,8 @@ class Generative(nn.Module):
         terms = []
         for i, m in enumerate(self.modalities):
             context = [arrays[name] for name in (context_name(m.name),) if name in arrays]
-            log_likelihood = run_present(partial(self._log_likelihood, m), present[:, i], arrays[m.name], z, *context)
+            x = arrays.get(target_name(m.name), arrays[m.name])
+            log_likelihood = run_present(partial(self._log_likelihood, m), present[:, i], x, z, *context)
             terms.append(self.weights[m.name] * log_likelihood)
         return torch.stack(terms, dim=-1).sum(-1)
 

@@ -105,6 +105,7 @@ class Engine:
         """No graph can run in this process any more."""
         self._closing = False
         self._idle = False  # the thread waits for rows; guarded by the condition
+        self._lengths = {name: text.length for name, text in runtime.autoregressive.items()}
         self._row_seconds = math.inf  # running average over runs of one row
         self._inline_error: BaseException | None = None  # raised again in the thread, which handles it
         self._held_runs = 0  # of all rows held; guarded by the condition
@@ -211,7 +212,7 @@ class Engine:
             if rejection is not None:
                 raise rejection
             self._owners.update(dict.fromkeys(request.rows, request))
-            runs = sum(row.job.runs for row in request.rows)
+            runs = sum(row.job.runs(self._lengths) for row in request.rows)
             self._held_runs += runs
             self._usual_runs = DECAY * self._usual_runs + (1 - DECAY) * runs
             self._waiting.extend(request.rows)
@@ -243,7 +244,7 @@ class Engine:
         if not (
             self._idle
             and len(self._waiting) == 1
-            and self._waiting[0].job.runs == 1
+            and self._waiting[0].job.runs(self._lengths) == 1
             and self._row_seconds < INLINE_SECONDS
             and not self._calls
             and self._runtime.device.is_cpu
@@ -382,7 +383,7 @@ class Engine:
                 request = self._owners.pop(row, None)
                 if request is None:  # abandoned meanwhile
                     continue
-                self._held_runs -= row.job.runs
+                self._held_runs -= row.job.runs(self._lengths)
                 request.missing -= 1
                 if isinstance(row.result, Exception):
                     self._release(request)
@@ -402,7 +403,7 @@ class Engine:
         for row in request.rows:
             row.abandoned = True
             if self._owners.pop(row, None) is not None:
-                self._held_runs -= row.job.runs
+                self._held_runs -= row.job.runs(self._lengths)
         self._waiting = deque(row for row in self._waiting if not row.abandoned)
 
     def _fail_all(self, failure: EngineFailed) -> None:

@@ -50,11 +50,15 @@ class InferenceJob:
     top_p: float = 1.0
     """Share of the probability of a token that is sampled."""
 
-    @property
-    def runs(self) -> int:
-        """Upper bound on how often this row passes through a graph."""
+    def runs(self, lengths: Mapping[str, int]) -> int:
+        """Upper bound on how often this row passes through a graph.
+
+        Args:
+            lengths: largest number of tokens of each text that is generated token by token, by modality.
+        """
         frozen = sum(map(count_inputs, self.row.values()))
-        return 1 + frozen + (self.refine.steps + 1 if self.refine.steps else 0) + len(self.targets) * self.num_samples
+        decoded = self.num_samples * sum(lengths.get(target, 1) for target in self.targets)
+        return 1 + frozen + (self.refine.steps + 1 if self.refine.steps else 0) + decoded
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ class Scheduler:
         self._rows_per_tick: dict[tuple[str, ...], int] = {}  # by subset, as far as known
         self._prioritise_until = 0.0
         self.runs = 0
-        """Passes of rows through graphs so far."""
+        """Passes of rows through graphs so far, in the unit of ``InferenceJob.runs``."""
 
     @property
     def active(self) -> int:
@@ -328,9 +328,10 @@ class Scheduler:
             z = np.concatenate([zs[index] for index in chosen])
             if modality.name in self._runtime.autoregressive:
                 values = self._generate_texts(modality.name, number, [decoding[index].job for index in chosen], z)
+                self.runs += values.size  # as many as planned, also if all texts end earlier: jobs in the queue count alike
             else:
                 values = self._run_in_parts(partial(self._runtime.decode, modality.name), z)
-            self.runs += len(z)
+                self.runs += len(z)
             if np.isnan(values).any():
                 raise FloatingPointError(f"the decoder of {modality.name} returned NaN")
             ends = np.cumsum([len(zs[index]) for index in chosen])

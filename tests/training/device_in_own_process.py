@@ -6,19 +6,24 @@ The device is a simulated one, or the GPU: ``CONCORD_TEST_DEVICE=cuda pytest tes
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
+import datasets
+import numpy as np
 import pytest
 import torch
 
+from concord.model.modality import CategoricalModality, TextModality, VectorModality
 from concord.training import device, fit
 from concord.training.checkpoint import Position, Run
-from concord.training.config import Config, Contrast, Model
+from concord.training.config import Config, Contrast, Data, Model, Network, Source
 from concord.training.data import dataset
 from concord.training.data.dataset import Batch, Dataset
 from concord.training.distributed import Noise
 from concord.training.errors import ConfigError, RunError
 from concord.training.evaluation.evaluate import evaluate
+from concord.training.evaluation.texts import evaluate_texts
 from concord.training.models import MODELS
 from concord.training.progress import Progress
 from tests.support.simulated_device import SimulatedTensor, register
@@ -144,6 +149,35 @@ def test_evaluation_on_another_device_gives_the_figures_of_the_cpu(config: Confi
             figures.append(evaluate(settings, model, rows.to(target), rows.to(target), Progress(quiet=True)))
     assert figures[1]["refinement"]["elbo_after"] == pytest.approx(figures[0]["refinement"]["elbo_after"], rel=1e-4)
     assert figures[1].keys() == figures[0].keys()
+
+
+@pytest.mark.usefixtures("_on_sim")
+def test_evaluation_of_sentences_on_another_device_gives_the_figures_of_the_cpu(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    columns = {
+        "vector": generator.standard_normal((60, 3)).tolist(),
+        "caption": [[f"a {noun} bird", f"the bird is {noun}"] for noun in generator.choice(["red", "blue"], 60)],
+        "kind": generator.choice(["x", "y"], 60).tolist(),
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    source = Source(train="rows.parquet", held_out=0.4, columns={name: name for name in columns}, licence="none")
+    caption = TextModality(name="caption", length=6, unit="word", likelihood="autoregressive")
+    settings = Config(
+        name="tiny",
+        modalities=(VectorModality(name="vector", size=3), caption, CategoricalModality(name="kind")),
+        data=Data(folder=tmp_path, pairing="row", sources=(source,)),
+        network=Network(latent=4, features=16, width=1, hidden=32),
+    )
+    train, test = dataset.load(settings, "train"), dataset.load(settings, "test")
+    figures = []
+    for name in ("cpu", "cuda"):
+        model = fit.build(settings, train.modalities)
+        with device.EvaluationDevice(target := device.resolve_device(name)), torch.no_grad():
+            found = evaluate_texts(model.to(target).eval(), train.to(target), test.to(target))
+        figures.append(found["texts"]["caption"]["vector"])
+    assert figures[1]["classes"]["kind"] == figures[0]["classes"]["kind"]
+    for metric in ("cider", "cider_nearest", "nats", "nats_shuffled"):
+        assert figures[1][metric] == pytest.approx(figures[0][metric], rel=1e-4)
 
 
 @pytest.mark.usefixtures("_on_sim")

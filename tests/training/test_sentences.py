@@ -1,5 +1,6 @@
 """Every training stage with autoregressive texts, some of them absent."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 
 from concord.model.codec.text import text_from_tokens
 from concord.model.modality import TextModality, VectorModality
-from concord.model.vae.generative import context_name
+from concord.model.vae.generative import context_name, target_name
+from concord.model.vae.multimodal import MultimodalVAE
 from concord.training import config
 from concord.training.concord import Concord
 from concord.training.data import dataset
 from concord.training.data.dataset import Batch
 from concord.training.distributed import Noise
+from concord.training.objectives import refine
 from concord.training.trainable import Stage
 
 ROWS = 8
@@ -84,10 +87,11 @@ def test_word_dropout_hides_words_from_the_decoder_only(vae: Concord, batch: Bat
     assert torch.equal(*posteriors)
 
 
-def write_captions(file: Path, captions: list[str]) -> None:
-    """Write rows of a number and a caption."""
+def write_captions(file: Path, captions: list[str] | list[list[str]]) -> None:
+    """Write rows of a number and a caption, or several."""
     numbers = datasets.List(datasets.Value("float32"))
-    features = datasets.Features({"vector": numbers, "caption": datasets.Value("string")})
+    text = datasets.Value("string") if isinstance(captions[0], str) else datasets.List(datasets.Value("string"))
+    features = datasets.Features({"vector": numbers, "caption": text})
     rows = {"vector": [[float(row)] for row in range(len(captions))], "caption": captions}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
 
@@ -130,6 +134,54 @@ def test_word_dropout_hides_the_share_of_words_in_training_batches_only(tmp_path
         config.Config.model_validate(
             {**settings.model_dump(), "data": {**settings.data.model_dump(), "random_offset": ("caption",)}}
         )
+
+
+def test_other_texts_are_predicted_from_the_text_that_is_read(tmp_path: Path) -> None:
+    """Row r has r % 3 + 1 captions: of r % 9, and of "a", "b" or "c"."""
+    captions = [[f"{row % 9} {row % 9} {letter}" for letter in "abc"[: row % 3 + 1]] for row in range(36)]
+    write_captions(tmp_path / "rows.parquet", captions)
+    caption = TextModality(name="caption", length=6, unit="word", likelihood="autoregressive")
+    settings = settings_of(tmp_path, caption, other_texts=("caption",), word_dropout={"caption": 0.3})
+    train = dataset.load(settings, "train")
+    learned = train.modalities[1]
+    assert isinstance(learned, TextModality)
+    pairs = set()
+    for epoch in range(30):
+        (batch,) = train.batches(epoch, len(train), 0)
+        tokens, target = batch.arrays["caption"], batch.arrays[target_name("caption")]
+        seen = batch.arrays[context_name("caption")]
+        hidden = seen == learned.categories
+        assert torch.equal(seen[~hidden], target[~hidden])
+        assert hidden.any()
+        for read, predicted in zip(tokens.numpy(), target.numpy(), strict=True):
+            one, other = (text_from_tokens(learned, text).split() for text in (read, predicted))
+            assert one[1] == other[1], "of the same row"
+            assert (one[2] == other[2]) == (int(one[1]) % 3 == 0), "another one, if there is one"
+            pairs.add((one[2], other[2]))
+    assert pairs == {("a", "a"), *itertools.permutations("abc", 2)}
+    resumed = next(train.batches(0, 9, 0, start=1)).arrays[target_name("caption")]
+    assert torch.equal(resumed, list(train.batches(0, 9, 0))[1].arrays[target_name("caption")])
+    for batch in (*train.batches(0, 9, 0, shuffle=False), *dataset.load(settings, "test").batches(0, 9, 0)):
+        assert target_name("caption") not in batch.arrays
+    with pytest.raises(ValueError, match=r"data\.other_texts names \['vector'\], the autoregressive text modalities are"):
+        config.Config.model_validate(
+            {**settings.model_dump(), "data": {**settings.data.model_dump(), "other_texts": ("vector",)}}
+        )
+
+
+def test_decoder_predicts_the_target_and_refinement_the_given_text(sentence_vae: MultimodalVAE, sentence_rows: Any) -> None:
+    vae, every = sentence_vae, torch.ones(14, 3, dtype=torch.bool)
+    target = sentence_rows["caption"].flip(0)
+    arrays = {**sentence_rows, target_name("caption"): target, context_name("caption"): target}
+    z = torch.randn(14, 1, vae.latent, generator=torch.Generator().manual_seed(0))
+    predicted = vae.weighted_log_likelihood(arrays, every, z)
+    torch.testing.assert_close(predicted, vae.weighted_log_likelihood({**sentence_rows, "caption": target}, every, z))
+    assert (predicted != vae.weighted_log_likelihood(sentence_rows, every, z)).any()
+    start = vae.joint(arrays, every)
+    torch.testing.assert_close(start.mean, vae.joint(sentence_rows, every).mean)
+    noise = torch.randn(14, 2, vae.latent, generator=torch.Generator().manual_seed(1))
+    refined, expected = (refine(vae, Batch(a, every, None), start, noise, 2).posterior for a in (arrays, sentence_rows))
+    torch.testing.assert_close(refined.mean, expected.mean)
 
 
 def test_subwords_are_learned_from_the_training_rows(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from concord.model.bundle.manifest import DataSource
 from concord.model.codec import check_installed
 from concord.model.encoder import EncoderFiles
 from concord.model.modality import EncodedModality, ImageModality, Modality, TextModality
-from concord.model.vae.generative import context_name
+from concord.model.vae.generative import context_name, target_name
 from concord.training.config import Config, Data
 from concord.training.data.augmentation import augment, change_contrast, sample_contrasts, sample_variations
 from concord.training.data.columns import Column, absence
@@ -34,7 +34,7 @@ class Batch:
 
     arrays: dict[str, Shaped[Tensor, "batch ..."]]
     """By modality, (batch, *modality.shape): images and spectrograms float32 in [0, 1], texts int64; zeros where absent. In
-    training also the words that decoders see, see ``generative.context_name``."""
+    training also the words that decoders see and predict, see ``generative.context_name`` and ``target_name``."""
     present: Bool[Tensor, "batch modality"]
     """Which modalities each row has, in the order of the configuration. Every row has at least one."""
     labels: Int64[Tensor, " batch"] | None
@@ -111,7 +111,9 @@ class Dataset:
         self._contrasts = {m.name: data.random_contrast[m.name] for m in self.modalities if m.name in data.random_contrast}
         self._encoded = {m.name for m in self.modalities if isinstance(m, EncodedModality)}
         self._word_dropout = data.word_dropout
+        self._other_texts = data.other_texts
         self._averaged = set(data.average_texts)
+        self._balance = 0.0
         self._multiple_texts = [m.name for m in self.modalities if self.columns[m.name].starts is not None]
         if rows_per_epoch is not None and rows_per_epoch > len(self):
             raise DataError(
@@ -153,9 +155,9 @@ class Dataset:
 
         A pure function of its arguments: step k gives the same batch whether or not earlier steps were read. A resumed run
         therefore continues exactly. Each epoch samples the order, the partner rows, the offsets of texts, one of the texts of a
-        row (with ``average_texts``, several), the words that decoders do not see, and the augmentation of images and
-        spectrograms. Without ``shuffle``, rows take their first text, or with a frozen encoder the mean of the features of all,
-        and nothing is augmented or hidden.
+        row (with ``average_texts``, several), the words that decoders do not see, the other text that they predict, and the
+        augmentation of images and spectrograms. Without ``shuffle``, rows take their first text, or with a frozen encoder the
+        mean of the features of all, and nothing is augmented or hidden.
 
         Args:
             epoch, seed: 0 and above.
@@ -167,7 +169,7 @@ class Dataset:
         steps = self.steps_per_epoch(batch_size, shuffle=shuffle)
         rows = self._rows
         if shuffle:
-            rows = _generator(seed, epoch, 0).permutation(rows)[: self._rows_per_epoch]
+            rows = self._shuffled(_generator(seed, epoch, 0))[: self._rows_per_epoch]
         if shuffle and self.shard:
             rows, batch_size = rows[: self.shard.smallest], batch_size // self.shard.size
         table_rows = self._pair(rows, epoch, seed)
@@ -200,6 +202,8 @@ class Dataset:
         for stream, (name, rate) in enumerate(self._word_dropout.items() if shuffle else (), start=first):
             shape = (len(rows), self.columns[name].values.shape[1])
             hidden[name] = _generator(seed, epoch, stream).random(shape, dtype=np.float32) < rate
+        first += len(self._word_dropout)
+        others = self._sample_others(indices, table_rows, (seed, epoch, first)) if shuffle else {}
         for step in range(start, steps):
             part = slice(step * batch_size, (step + 1) * batch_size)
             batch = self._batch(
@@ -210,6 +214,7 @@ class Dataset:
                 {name: variation[part] for name, variation in variations.items()},
                 {name: factors[part] for name, factors in contrasts.items()},
                 {name: words[part] for name, words in hidden.items()},
+                {name: index[part] for name, index in others.items()},
             )
             yield batch.to(self.device)
 
@@ -249,6 +254,76 @@ class Dataset:
         view._rows = self._rows[present.sum(axis=0) > 1]
         return view
 
+    def _sample_others(
+        self, chosen: dict[str, NDArray[np.int64]], table_rows: list[NDArray[np.int64]], first: tuple[int, int, int]
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the indices of the texts that decoders predict in place of the chosen ones, see ``Data.other_texts``.
+
+        Args:
+            first: seed, epoch and the first stream of random numbers.
+        """
+        others = {}
+        for stream, name in enumerate(self._other_texts):
+            if name in self._multiple_texts:
+                starts, rows = self._starts(name), table_rows[self._table_index[name]]
+                begin, size = starts[rows], starts[rows + 1] - starts[rows]
+                step = 1 + _generator(first[0], first[1], first[2] + stream).integers(0, np.maximum(size - 1, 1))
+                others[name] = np.asarray(begin + (chosen[name] - begin + step) % size)
+        return others
+
+    def texts(self, name: str) -> list[Int64[np.ndarray, "text length"]]:
+        """Return the tokens of all texts of each row, in the order of ``batches`` without ``shuffle``. Zeros where absent.
+
+        With pairing by class, the partner rows are those of epoch 0 and seed 0.
+        """
+        rows, column = self._pair(self._rows, 0, 0)[self._table_index[name]], self.columns[name]
+        if column.starts is None:
+            return list(column.values[rows][:, np.newaxis])
+        return [column.values[column.starts[row] : column.starts[row + 1]] for row in rows]
+
+    def first_shuffled(self, count: int) -> NDArray[np.int64]:
+        """Return the numbers of the rows of the first batch of this size in epoch 0 with seed 0, see ``batches``."""
+        return self._shuffled(_generator(0, 0, 0))[:count]
+
+    def pictures(
+        self, name: str, rows: Int64[np.ndarray, " row"], side: int
+    ) -> tuple[Float32[np.ndarray, "row feature"], UInt8[np.ndarray, "row 3 {side} {side}"]] | None:
+        """Return features and pictures of a modality with a frozen encoder, read from the file again.
+
+        Args:
+            rows: numbers of rows that have the modality, see ``first_shuffled``.
+            side: height and width of the pictures.
+
+        Returns:
+            None if the rows are paired with those of other tables.
+        """
+        read_as = self._tables[0].read_as
+        if len(self._tables) > 1 or read_as is None:
+            return None
+        rows = np.sort(rows)
+        pictures = read_as(name, rows, ImageModality(name=name, channels=3, height=side, width=side))
+        return self.columns[name].values[rows], pictures.values
+
+    def balanced(self, balance: float) -> "Dataset":
+        """Return a view that samples rows by their subset of modalities in training, see ``Data.subset_balance``."""
+        view = copy(self)
+        view._balance = balance
+        return view
+
+    def _shuffled(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return the rows of an epoch in random order: each once, or as often as ``balanced`` says."""
+        if not self._balance:
+            return generator.permutation(self._rows)
+        present = np.stack([column.present[self._rows] for column in self.columns.values()], axis=1)
+        _, subset, counts = np.unique(present, axis=0, return_inverse=True, return_counts=True)
+        shares = counts ** (1 - self._balance) / np.sum(counts ** (1 - self._balance))
+        bounds = np.rint(np.concatenate(([0.0], np.cumsum(shares))) * len(self._rows)).astype(np.int64)
+        parts = []
+        for number, wanted in enumerate(np.diff(bounds)):
+            own = self._rows[subset == number]
+            parts += [own] * (wanted // len(own)) + [generator.permutation(own)[: wanted % len(own)]]
+        return generator.permutation(np.concatenate(parts))
+
     def subsets(self) -> dict[tuple[str, ...], int]:
         """Return the number of rows with each subset of modalities, the most frequent subset first.
 
@@ -283,6 +358,7 @@ class Dataset:
         variations: dict[str, NDArray[np.int64]],
         contrasts: dict[str, NDArray[np.float32]],
         hidden: dict[str, NDArray[np.bool_]],
+        others: dict[str, NDArray[np.int64]],
     ) -> Batch:
         arrays, masks = {}, []
         for modality in self.modalities:
@@ -302,6 +378,9 @@ class Dataset:
                 values = np.divide(values, np.float32(255), dtype=np.float32)
             arrays[modality.name] = torch.from_numpy(values)
             masks.append(torch.from_numpy(present))
+            if modality.name in others:
+                values = column.values[others[modality.name]]
+                arrays[target_name(modality.name)] = torch.from_numpy(values)
             if modality.name in hidden and isinstance(modality, TextModality):
                 seen = np.where(hidden[modality.name], modality.categories, values)
                 arrays[context_name(modality.name)] = torch.from_numpy(seen)
@@ -329,6 +408,7 @@ def load(config: Config, split: Split, folder: Path | None = None, training: Dat
     ]
     loaded = Dataset(tables, list(modalities.values()), data, data.rows_per_epoch if split == "train" else None)
     if split == "test":
+        loaded._other_texts = ()
         loaded._word_dropout = {}  # metrics shuffle test rows too, and their likelihoods are those of whole texts
     loaded.encoders = tuple({features.files.name: features.files for features in encoders.values()}.values())
     loaded.notes += [note for features in encoders.values() for note in features.notes]

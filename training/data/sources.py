@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -103,6 +103,8 @@ class Table:
     """Row numbers of the file that have no modality. They are not in the table."""
     notes: tuple[str, ...] = ()
     """What the user should know of how the source was read."""
+    read_as: Callable[[str, Int64[np.ndarray, " chosen"], Modality], Column] | None = None
+    """(modality, indices of rows in ascending order, how to parse it) -> the values of these rows, read from the file again."""
 
     def __len__(self) -> int:
         return self.source.rows
@@ -165,6 +167,11 @@ def read_table(
         or (None if shard else rows.table.sha256())
         or _sha256([part for column in parsed.values() for part in (column.values, column.present)])
     )
+    numbers = rows.numbers if kept is None else rows.numbers[kept]
+
+    def read_as(name: str, chosen: Int64[np.ndarray, " chosen"], modality: Modality) -> Column:
+        return parse_column(replace(rows, numbers=numbers[chosen]), column_names(source.columns[name]), modality, None)
+
     notes = [*rows.table.notes, *(note for column in parsed.values() for note in column.notes)]
     if split == "train" and not shard:  # other shards may have the classes
         notes += _untrained_classes(parsed, modalities, {name: read_class_names(rows, c) for name, c in source.columns.items()})
@@ -177,6 +184,7 @@ def read_table(
         DataSource(file=rows.file, sha256=digest, rows=int(selected.sum()), licence=source.licence),
         rows.numbers[~nonempty],
         tuple(notes),
+        read_as,
     )
 
 

@@ -343,7 +343,7 @@ def _train_and_evaluate(
         classifiers = frozen_classifiers(full_config, full_train, out, progress)
         metrics = evaluate(config, model, train, test, progress, refined_rows=test_rows)
         metrics |= evaluate_comparison(config, model, test, classifiers, test_rows, progress)
-        render_grid(model, select_examples(test)).save(path / GRID, optimize=True)
+        render_grid(model, *select_examples(test)).save(path / GRID, optimize=True)
     cost = run.cost()
     run.write(
         ROW,

@@ -1,17 +1,16 @@
 """An image of what a model generates from each subset of modalities: given and generated values side by side."""
 
-import textwrap
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from concord.model import codec
-from concord.model.modality import AudioModality, ImageModality, Modality, TextModality
+from concord.model.modality import AudioModality, EncodedModality, ImageModality, Modality, TextModality, is_picture
 from concord.training.data.dataset import Batch, Dataset
 from concord.training.objectives import named_subsets
 from concord.training.trainable import TrainableModel
@@ -20,8 +19,10 @@ MAX_HEIGHT = 2000
 """Of the image, in pixels. It has as many subsets as fit."""
 _MAX_NAMED = 4
 """Modalities whose names fit next to a block. Larger subsets are named by what they lack."""
-GAP, MARGIN, BLOCK_GAP, LINE_HEIGHT, LETTER_WIDTH = 2, 96, 10, 10, 5
+GAP, MARGIN, BLOCK_GAP, PADDING = 2, 96, 10, 3
 """Layout in pixels."""
+SENTENCE_WIDTH = 132
+"""Width of a column in pixels if a modality holds sentences."""
 ROWS = 6
 """Columns of the grid."""
 CANDIDATE_ROWS = 500
@@ -29,22 +30,49 @@ CANDIDATE_ROWS = 500
 FRAME_COLOUR = (230, 120, 20)
 
 
-def select_examples(test: Dataset) -> Batch:
-    """Return ``ROWS`` of the rows with the most modalities among ``CANDIDATE_ROWS`` random test rows."""
-    batch = next(test.batches(0, min(CANDIDATE_ROWS, len(test)), 0, shuffle=True))
-    return batch.take(torch.argsort(-batch.present.sum(1), stable=True)[:ROWS])
+class Gallery(NamedTuple):
+    """Test pictures of a modality with a frozen encoder, with their features."""
+
+    features: Float32[np.ndarray, "row feature"]
+    pictures: UInt8[np.ndarray, "row 3 height width"]
+
+    def nearest(self, features: Float32[np.ndarray, " feature"]) -> Float32[np.ndarray, "3 height width"]:
+        """Return the picture whose features are most similar, by their cosine."""
+        norms = np.linalg.norm(self.features, axis=1)
+        place = np.argmax(self.features @ features / np.maximum(norms, 1e-12))
+        return np.asarray(self.pictures[place] / np.float32(255))
 
 
-def render_grid(model: TrainableModel, batch: Batch) -> Image.Image:
+def select_examples(test: Dataset) -> tuple[Batch, dict[str, Gallery]]:
+    """Return ``ROWS`` of the rows with the most modalities among ``CANDIDATE_ROWS`` random test rows.
+
+    Modalities with a frozen encoder of pictures also have a gallery: the pictures of all these candidates.
+    """
+    count = min(CANDIDATE_ROWS, len(test))
+    batch = next(test.batches(0, count, 0, shuffle=True))
+    galleries = {}
+    for index, modality in enumerate(test.modalities):
+        if isinstance(modality, EncodedModality) and is_picture(modality):
+            rows = test.first_shuffled(count)[batch.present[:, index].cpu().numpy()]
+            if found := test.pictures(modality.name, rows, _side(test.modalities)):
+                galleries[modality.name] = Gallery(*found)
+    return batch.take(torch.argsort(-batch.present.sum(1), stable=True)[:ROWS]), galleries
+
+
+def render_grid(model: TrainableModel, batch: Batch, galleries: Mapping[str, Gallery] | None = None) -> Image.Image:
     """Return an image with one block per subset of modalities, except the full one. With many subsets, it shows some of them.
 
     A block has one column per row of the batch and one line per image or text modality. Given values have a frame. The others
     are decoded from one sample of the posterior at temperature 1. The subset is named on the left.
+
+    Args:
+        galleries: pictures by modality with a frozen encoder, whose values are features. The grid shows the picture with the
+            most similar features: of a given value it is the picture itself. Without a gallery the tiles are empty.
     """
-    shown, side = _shown_modalities(model.modalities), _side(model.modalities)
+    shown, side, width = _shown_modalities(model.modalities), _side(model.modalities), _width(model.modalities)
     subsets = list(_shown_subsets(model.modalities).values())
-    rows, step, block_height = len(batch.present), side + GAP, _block_height(model.modalities)
-    canvas = Image.new("RGB", (MARGIN + rows * step, len(subsets) * block_height), "white")
+    rows, block_height = len(batch.present), _block_height(model.modalities)
+    canvas = Image.new("RGB", (MARGIN + rows * (width + GAP), len(subsets) * block_height), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
     generator = torch.Generator().manual_seed(0)
     masks = [batch.present & subset for subset in subsets]
@@ -59,11 +87,13 @@ def render_grid(model: TrainableModel, batch: Batch) -> Image.Image:
                 generated, given = model.decode(modality.name, z), _as_decoded(modality, batch.arrays[modality.name])
                 for column in range(rows):
                     is_given = bool(present[column, index])
-                    tile = _tile(modality, (given if is_given else generated)[column].numpy(), side)
-                    left, upper = MARGIN + column * step, top + line * step
+                    value = (given if is_given else generated)[column].numpy()
+                    tile = _tile(modality, value, side, width, (galleries or {}).get(modality.name))
+                    left = MARGIN + column * (width + GAP) + (width - tile.width) // 2
+                    upper = top + line * (side + GAP)
                     canvas.paste(tile, (left, upper))
                     if is_given:
-                        pen.rectangle((left, upper, left + side - 1, upper + side - 1), outline=FRAME_COLOUR, width=2)
+                        pen.rectangle((left, upper, left + tile.width - 1, upper + side - 1), outline=FRAME_COLOUR, width=2)
     return canvas
 
 
@@ -105,14 +135,24 @@ def _shown_subsets(modalities: Sequence[Modality]) -> dict[str, Bool[Tensor, " m
     return {name: mask for name, mask in subsets if name in chosen}
 
 
-def _shown_modalities(modalities: Sequence[Modality]) -> list[ImageModality | AudioModality | TextModality]:
-    return [m for m in modalities if isinstance(m, ImageModality | AudioModality | TextModality)]
+def _shown_modalities(modalities: Sequence[Modality]) -> list[Modality]:
+    return [m for m in modalities if isinstance(m, ImageModality | AudioModality | TextModality) or is_picture(m)]
 
 
 def _side(modalities: Sequence[Modality]) -> int:
-    """Return height and width of a tile."""
-    sizes = [max(m.shape[1:]) for m in _shown_modalities(modalities) if not isinstance(m, TextModality)]
-    return 72 if max(sizes, default=0) > 40 else 36
+    """Return height and width of a picture."""
+    sizes = [max(m.shape[1:]) for m in modalities if isinstance(m, ImageModality | AudioModality)]
+    is_large = max(sizes, default=0) > 40 or any(isinstance(m, EncodedModality) and is_picture(m) for m in modalities)
+    return 72 if is_large or _has_sentences(modalities) else 36
+
+
+def _width(modalities: Sequence[Modality]) -> int:
+    """Return the width of a column."""
+    return SENTENCE_WIDTH if _has_sentences(modalities) else _side(modalities)
+
+
+def _has_sentences(modalities: Sequence[Modality]) -> bool:
+    return any(isinstance(m, TextModality) and m.likelihood == "autoregressive" for m in modalities)
 
 
 def _block_height(modalities: Sequence[Modality]) -> int:
@@ -126,23 +166,34 @@ def _as_decoded(modality: Modality, values: Tensor) -> Tensor:
     return values
 
 
-def _tile(modality: Modality, value: np.ndarray, side: int) -> Image.Image:
+def _tile(modality: Modality, value: np.ndarray, side: int, width: int, gallery: Gallery | None) -> Image.Image:
     if isinstance(modality, TextModality):
-        tile = Image.new("RGB", (side, side), (245, 245, 245))
-        text = cast(str, codec.render(modality, value)["text"])
-        wrapped = textwrap.fill(text, side // LETTER_WIDTH, max_lines=side // LINE_HEIGHT, placeholder=" …")
-        ImageDraw.Draw(tile).multiline_text(
-            (side / 2, side / 2),
-            wrapped,
-            fill="black",
-            font=ImageFont.load_default(size=9),
-            anchor="mm",
-            align="center",
-            spacing=1,
-        )
-        return tile
+        return _text_tile(cast(str, codec.render(modality, value)["text"]), side, width)
+    if isinstance(modality, EncodedModality):
+        if gallery is None:
+            return Image.new("RGB", (side, side), "white")
+        value = gallery.nearest(value)
     if isinstance(modality, AudioModality):
         value = value[:, ::-1]  # low frequencies at the bottom
     pixels = np.rint(value.clip(0, 1) * 255).astype(np.uint8)[:3]
     rgb = np.repeat(pixels[:1], 3, axis=0) if len(pixels) < 3 else pixels
     return Image.fromarray(rgb.transpose(1, 2, 0)).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _text_tile(text: str, side: int, width: int) -> Image.Image:
+    """Return an image of a text. What does not fit is cut."""
+    size = 11 if width > side else 9
+    font, lines, most = ImageFont.load_default(size=size), [""], side // (size + 2)
+    tile = Image.new("RGB", (width, side), (245, 245, 245))
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width - 2 * PADDING or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1]} …"]
+    ImageDraw.Draw(tile).multiline_text(
+        (width / 2, side / 2), "\n".join(lines), fill="black", font=font, anchor="mm", align="center", spacing=1
+    )
+    return tile

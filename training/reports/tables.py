@@ -5,7 +5,7 @@ import os
 import re
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,9 @@ def teachers_table(refined: Sequence[Mapping[str, Any]], plain: Sequence[Mapping
 
 
 def _mean_and_std(values: Sequence[float], number_format: str) -> str:
+    """Return the mean, and with several values their standard deviation."""
+    if len(values) == 1:
+        return number_format.format(values[0])
     std = number_format.replace("+", "").format(statistics.stdev(values))
     return f"{number_format.format(statistics.fmean(values))} ± {std}"
 
@@ -254,7 +257,7 @@ def methods_table(evaluations: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
             values = [found[title][0] for found in by_seed if title in found]
             if len(values) == len(by_seed):
                 means[name] = statistics.fmean(values)
-                cells[name] = _mean_and_std(values, "{:.3f}") if len(values) > 1 else f"{means[name]:.3f}"
+                cells[name] = _mean_and_std(values, "{:.3f}")
         best = max(means.values())
         is_best = {name: len(scores) > 1 and mean == best for name, mean in means.items()}
         row = [f"**{cells[name]}**" if is_best.get(name) else cells.get(name, "") for name in scores]
@@ -290,6 +293,79 @@ def _pair_scores(evaluation: Mapping[str, Any]) -> dict[str, tuple[float, str, s
                     scores[f"{target} from {source}, {name}"] = (found[metric], f"{found['rows']:,}", chance)
     probe = {name: value for name, value in evaluation.get("probe", {}).items() if "+" not in name and name not in classes}
     return scores | {f"probe of {name}": (value, "", "") for name, value in probe.items()}
+
+
+def texts_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of the texts that a model generates, with a column for each source.
+
+    Cells are means over seeds and standard deviations. A row is empty where a source has no such score.
+
+    Args:
+        evaluations: of the same configuration, one per seed.
+    """
+    tables = [_text_scores(sources) for sources in zip(*(run["texts"].values() for run in evaluations), strict=True)]
+    blocks = []
+    for name, table in zip(evaluations[0]["texts"], tables, strict=True):
+        sources = list(dict.fromkeys(source for row in table.values() for source in row))
+        lines = [f"| {name} | {' | '.join(f'from {source}' for source in sources)} |", f"| --- |{' --- |' * len(sources)}"]
+        for title, row in table.items():
+            cells = [_mean_and_std(row[source], "{:.3f}") if source in row else "" for source in sources]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _text_scores(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Return the values of each score of a text by source, one for each run: {title: {source: values}}."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for by_source in runs:
+        for source, values in by_source.items():
+            for title, value in _text_values(values):
+                found.setdefault(title, {}).setdefault(source, []).append(value)
+    return found
+
+
+def _text_values(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield title and value of each score."""
+    if "rows" in values:
+        if values["known_pairs"] is not None:
+            yield "pairs of tokens that training texts have ↑", values["known_pairs"]
+        yield "distinct texts ↑", values["distinct"]
+    if "nats" in values:
+        yield "nats per token ↓", values["nats"]
+        yield "nats per token that z is worth ↑", values["nats_shuffled"] - values["nats"]
+    if "cider" in values:
+        yield "CIDEr-D ↑", values["cider"]
+        yield "CIDEr-D with the mean of z ↑", values["of_mean"]["cider"]
+    if values.get("cider_nearest"):
+        yield "CIDEr-D of the nearest training row", values["cider_nearest"]
+        yield "CIDEr-D by that of the nearest training row ↑", values["cider"] / values["cider_nearest"]
+    for name, classes in values.get("classes", {}).items():
+        yield f"{name}: text of the row's class ↑", classes["accuracy"]
+        yield f"{name}: with the mean of z ↑", values["of_mean"]["classes"][name]["accuracy"]
+        yield f"{name}: text of the class generated with it ↑", classes["agreement"]
+        if "own_texts" in classes:
+            yield f"{name}: the row's text", classes["own_texts"]
+
+
+def write_sentences(readme: Path, folders: Sequence[Path]) -> None:
+    """Write the tables of the texts of each folder's concord-<seed>.json into the section ``sentences`` of the README.
+
+    The files are evaluations of ``evaluate``. Without any the README stays unchanged.
+
+    Raises:
+        ValueError: the README lacks the markers.
+    """
+    blocks = []
+    for folder in folders:
+        files = sorted(folder.glob("concord-*.json"))
+        if files:
+            runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            seeds = ", ".join(file.stem.removeprefix("concord-") for file in files)
+            title = f"[{folder.name}](../configs/{folder.name}.toml), seed{'s' if len(files) > 1 else ''} {seeds}:"
+            blocks += [title, texts_table(runs)]
+    if blocks:
+        write_section(readme, "sentences", "\n\n".join(blocks))
 
 
 def write_methods(readme: Path, folder: Path) -> None:

@@ -97,13 +97,13 @@ def test_error_of_an_encoder_is_contained_to_its_row(runtime: Runtime, calls: li
 
 
 def test_runs_count_frozen_encoders(runtime: Runtime) -> None:
-    assert InferenceJob({"photo": picture(1), "price": np.zeros(1, np.float32)}, 0, 0).runs == 2
-    assert InferenceJob({"word": np.zeros(3, np.int64)}, 0, 0).runs == 1
+    assert InferenceJob({"photo": picture(1), "price": np.zeros(1, np.float32)}, 0, 0).runs({}) == 2
+    assert InferenceJob({"word": np.zeros(3, np.int64)}, 0, 0).runs({}) == 1
     titles = runtime.preprocessors["title"].texts(["a red cup", "a lamp", "new"], "cut", DEFAULT_LIMITS)
     job = InferenceJob({"title": titles}, 0, 0)
     scheduler = Scheduler(runtime, max_batch=32, observer=NullObserver())
     scheduler.add([Row(job, monotonic())])
-    assert scheduler.runs == job.runs == 4, "the time of a waiting request is estimated from both"
+    assert scheduler.runs == job.runs({}) == 4, "the time of a waiting request is estimated from both"
     runtime.warm_up(2)
     assert runtime.replay_golden() <= 1e-4
     assert {"encoder-photos.onnx", "encoder-texts.onnx"} < set(runtime.nodes_by_provider())

@@ -1,5 +1,7 @@
 """Texts of an autoregressive decoder depend on their own row, seed and options only."""
 
+import asyncio
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from time import monotonic
@@ -12,9 +14,11 @@ import pytest
 from concord.model import bundle
 from concord.model.codec import render
 from concord.model.runtime import Runtime
-from concord.service.inference.jobs import InferenceJob, InferenceResult, RefinementLimits
+from concord.service.inference.engine import Engine
+from concord.service.inference.jobs import InferenceJob, InferenceResult, QueueFull, RefinementLimits
 from concord.service.inference.refinement import Stream, noise, token_noise
 from concord.service.inference.scheduler import NullObserver, Row, Scheduler
+from tests.support.runtimes import GatedRuntime
 
 CAPTION = 1
 """Position of the modality in the bundle."""
@@ -91,6 +95,43 @@ def test_token_noise_is_uniform_and_differs_by_row_and_modality() -> None:
     for other in (token_noise(4, 5, 1, 1, 30), token_noise(3, 6, 1, 1, 30), token_noise(3, 5, 2, 1, 30)):
         assert abs(np.corrcoef(other[0], values[0])[0, 1]) < 0.6
         assert (other[0] != values[0]).all()
+
+
+def test_runs_of_a_text_count_every_token(sentences: Runtime) -> None:
+    lengths = {name: text.length for name, text in sentences.autoregressive.items()}
+    job = make_job(samples=3)
+    expected = 1 + 3 * (sentences.autoregressive["caption"].length + sentences.autoregressive["code"].length)
+    scheduler = Scheduler(sentences, max_batch=32, observer=NullObserver())
+    scheduler.add([Row(job, monotonic())])
+    assert scheduler.runs == job.runs(lengths) == expected, "the time of a waiting request is estimated from both"
+
+
+def test_expected_wait_of_texts_is_that_of_all_their_tokens(sentence_bundle: bundle.Bundle) -> None:
+    """The engine learns its pace from rows that pass one graph: 5 ms. Then it holds a row whose texts take many passes."""
+    gated = GatedRuntime(sentence_bundle, threads=1)
+    gated.before_encode = lambda _, present: time.sleep(0.005 * len(present))
+    lengths = {name: text.length for name, text in gated.autoregressive.items()}
+    texts = make_job(samples=40)
+
+    async def expected_milliseconds() -> int:
+        engine = Engine(gated, max_wait=0.05)
+        engine.start()
+        try:
+            await engine.submit([InferenceJob(make_job().row, 0, index) for index in range(60)])
+            gated.close()
+            task = asyncio.create_task(engine.submit([texts]))
+            await asyncio.to_thread(gated.wait_until_entered)
+            rejection = engine.check_capacity()
+            gated.open()
+            await task
+        finally:
+            await asyncio.to_thread(engine.stop)
+        assert isinstance(rejection, QueueFull)
+        return rejection.retry_after_ms
+
+    milliseconds = asyncio.run(expected_milliseconds())
+    assert texts.runs(lengths) > 400
+    assert milliseconds >= 5 * texts.runs(lengths)
 
 
 def test_cross_generate_route_samples_words_by_its_options(

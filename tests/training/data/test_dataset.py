@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from concord.model import codec
 from concord.model.modality import EncodedModality, ImageModality, TextModality, VectorModality
@@ -19,7 +20,8 @@ from concord.training import config_file
 from concord.training.config import Config, Data, Objective, Source
 from concord.training.data import dataset
 from concord.training.errors import DataError
-from tests.support.encoders import write_text_encoder
+from tests.support.encoders import write_image_encoder, write_text_encoder
+from tests.support.images import encode_image
 
 FIRST = VectorModality(name="first", size=2, mean=(0.0, 0.0), std=(1.0, 1.0))
 SECOND = VectorModality(name="second", size=2, mean=(0.0, 0.0), std=(1.0, 1.0))
@@ -256,6 +258,63 @@ def test_with_pairs_limits_rows_per_epoch_to_its_rows(tmp_path: Path) -> None:
 
 def test_with_pairs_keeps_all_rows_that_are_paired_by_class(rows: dataset.Dataset) -> None:
     assert len(rows.with_pairs()) == len(rows)
+
+
+def test_balanced_rows_of_rare_subsets_are_sampled_more_often(tmp_path: Path) -> None:
+    two = [[0.0, 9.0], [0.0, 9.0], *[None] * 18]
+    rows = by_row(tmp_path, {"one": [[float(row), 0.0] for row in range(20)], "two": two, "text": ["a"] * 20})
+    assert rows.balanced(0.0).steps_per_epoch(1) == rows.balanced(1.0).steps_per_epoch(1) == 20
+    unchanged, even, between = (column(rows.balanced(b).batches(0, 5, 0), "first", 0) for b in (0.0, 1.0, 0.5))
+    assert unchanged == column(rows.batches(0, 5, 0), "first", 0)
+    assert np.bincount(even, minlength=20)[:2].tolist() == [5, 5]
+    assert np.bincount(even, minlength=20)[2:].max() == 1
+    assert np.bincount(between, minlength=20)[:2].sum() == 5  # 20 · √2 / (√2 + √18)
+    assert even == column(rows.balanced(1.0).batches(0, 5, 0), "first", 0)
+    assert even != column(rows.balanced(1.0).batches(1, 5, 0), "first", 0)
+    assert sorted(column(rows.balanced(1.0).batches(0, 5, 0, shuffle=False), "first", 0)) == list(range(20))
+    assert sorted(column(rows.balanced(1.0).with_pairs().batches(0, 20, 0), "first", 0)) != list(range(20))
+
+
+def test_texts_of_a_row_are_all_its_texts_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    texts = [["ab", "b"], None, ["c"]]
+    columns = {"one": [[float(row), 0.0] for row in range(3)], "two": [[0.0, 0.0]] * 3, "text": texts}
+    rows = by_row(tmp_path, columns)
+    assert [[text(tokens).strip() for tokens in own] for own in rows.texts("word")] == [["ab", "b"], [""], ["c"]]
+    single = by_row(tmp_path, {**columns, "text": ["ab", None, "c"]})
+    assert [[text(tokens).strip() for tokens in own] for own in single.texts("word")] == [["ab"], [""], ["c"]]
+    kept, held_out = single.hold_out(1)
+    assert len(kept.texts("word")) == 2
+    assert len(held_out.texts("word")) == 1
+
+
+def test_pictures_of_encoded_rows_are_those_of_the_file(tmp_path: Path) -> None:
+    """Rows 0 and 5 have no picture, row 2 has nothing at all."""
+    shades = [None if row in (0, 2, 5) else 30 * row for row in range(8)]
+    columns = {
+        "picture": [None if shade is None else encode_image(Image.new("RGB", (9, 9), (shade,) * 3)) for shade in shades],
+        "one": [None if row == 2 else [float(row), 0.0] for row in range(8)],
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    photo = EncodedModality(name="photo", kind="image", encoder=str(write_image_encoder(tmp_path / "encoder").parent))
+    source = Source(train="rows.parquet", test="rows.parquet", columns={"first": "one", "photo": "picture"}, licence="CC0")
+    data = Data(pairing="row", sources=(source,), cache=tmp_path / "cache", bad_values="absent")
+    rows = dataset.load(Config(name="rows", modalities=(FIRST, photo), data=data), "test", tmp_path)
+    (batch,) = rows.batches(0, 7, 0, shuffle=True)
+    numbers = rows.first_shuffled(7)
+    assert sorted(batch.arrays["first"][:, 0].tolist()) == [0, 1, 3, 4, 5, 6, 7]
+    assert [[0, 1, 3, 4, 5, 6, 7][number] for number in numbers] == batch.arrays["first"][:, 0].tolist()
+    present = numbers[batch.present[:, 1].numpy()]
+    found = rows.pictures("photo", present, 4)
+    assert found is not None
+    features, pictures = found
+    assert pictures.shape == (5, 3, 4, 4)
+    assert pictures[:, 0, 0, 0].tolist() == [30 * row for row in (1, 3, 4, 6, 7)]
+    np.testing.assert_array_equal(features, rows.columns["photo"].values[np.sort(present)])
+
+
+def test_balance_of_rows_paired_by_class_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r'data\.subset_balance takes pairing = "row"'):
+        paired(subset_balance=0.5)
 
 
 def test_complete_rows_restrict_training_rows_and_vocabulary(tmp_path: Path) -> None:

@@ -7,15 +7,31 @@ import datasets
 import numpy as np
 import pytest
 
-from concord.model.modality import TextModality, VectorModality
+from concord.model.modality import CategoricalModality, TextModality, VectorModality
 from concord.training import config
 from concord.training.checkpoint import Run
 from concord.training.data import dataset
-from concord.training.evaluation.texts import evaluate_texts
+from concord.training.evaluation.metrics.cider import CiderD
+from concord.training.evaluation.metrics.texts import UNKNOWN_WORD, words
+from concord.training.evaluation.texts import _nearest_score, _TrainingRows, evaluate_texts
 from concord.training.fit import build, fit
 from concord.training.progress import Progress
 
 NOUNS, COLOURS = ("bird", "fish"), ("red", "blue", "green")
+
+
+def write_classes(file: Path, rows: int, *, swapped: bool = False) -> None:
+    """Write rows with a vector, two captions and the noun as a class; ``swapped``: the class is the other noun."""
+    generator = np.random.default_rng(rows)
+    noun, colour = generator.integers(0, 2, rows), generator.integers(0, 3, rows)
+    vectors = np.eye(5)[noun] + np.eye(5)[2 + colour] + 0.05 * generator.standard_normal((rows, 5))
+    words = [(NOUNS[n], COLOURS[c]) for n, c in zip(noun, colour, strict=True)]
+    columns = {
+        "vector": vectors.tolist(),
+        "caption": [[f"this {n} is {c}", f"the {n} is {c}"] for n, c in words],
+        "noun": [NOUNS[1 - n if swapped else n] if row % 9 else None for row, n in enumerate(noun)],
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(file)
 
 
 def write(file: Path, rows: int) -> None:
@@ -38,6 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("captions")
     write(path / "train.parquet", 400)
     write(path / "test.parquet", 70)
+    write_classes(path / "classes-train.parquet", 400)
+    write_classes(path / "classes-test.parquet", 70)
+    write_classes(path / "swapped.parquet", 70, swapped=True)
     return path
 
 
@@ -87,6 +106,59 @@ def test_autoregressive_captions_of_a_trained_model_read_and_follow_z(folder: Pa
         # Two of the five tokens vary, by log 2 and log 3 nats.
         assert values["nats_shuffled"] - values["nats"] > 0.3
         assert values["nats"] < 0.2
+
+
+def with_classes(settings: config.Config, test: str) -> config.Config:
+    columns = {"vector": "vector", "caption": "caption", "noun": "noun"}
+    source = config.Source(train="classes-train.parquet", test=test, columns=columns, licence="none")
+    modalities = (*settings.modalities, CategoricalModality(name="noun"))
+    return settings.model_copy(
+        update={"modalities": modalities, "data": settings.data.model_copy(update={"sources": (source,)})}
+    )
+
+
+def test_evaluate_texts_compares_captions_with_references_nearest_rows_and_classes(folder: Path, tmp_path: Path) -> None:
+    settings = with_classes(settings_of(folder, "autoregressive"), "classes-test.parquet")
+    train, test = dataset.load(settings, "train"), dataset.load(settings, "test")
+    model = fit(settings, train, Run(tmp_path, settings), Progress()).requires_grad_(False)
+    found = evaluate_texts(model, train, test)["texts"]["caption"]
+    of_photo, of_class, own = found["vector"], found["noun"], found["caption"]
+    # All words that vary are right. Two of the four words are in all references, so they have no weight.
+    assert of_photo["cider_nearest"] > 5
+    assert of_photo["cider"] > 0.9 * of_photo["cider_nearest"]
+    assert of_photo["of_mean"]["cider"] >= of_photo["cider"] - 0.2
+    assert of_class["cider"] < 0.8 * of_photo["cider"], "the class does not determine the colour"
+    assert found["others"]["cider"] > 0.9 * of_photo["cider_nearest"]
+    assert "cider" not in own, "the text is one of its references"
+    assert not {"cider_nearest"} & (of_class.keys() | own.keys() | found["others"].keys())
+    for values in (of_photo, of_class, own, of_photo["of_mean"]):
+        assert values["classes"]["noun"]["rows"] == 62
+        assert values["classes"]["noun"]["own_texts"] == 1
+        assert min(values["classes"]["noun"][name] for name in ("accuracy", "agreement")) > 0.9
+
+    swapped = dataset.load(with_classes(settings_of(folder, "autoregressive"), "swapped.parquet"), "test", training=train)
+    other = evaluate_texts(model, train, swapped)["texts"]["caption"]["vector"]["classes"]["noun"]
+    assert max(other["accuracy"], other["own_texts"]) < 0.1, "texts show the noun of the vector, not the class of the row"
+    assert other["agreement"] > 0.9
+
+
+def test_evaluate_texts_nearest_texts_are_of_the_training_row_with_the_most_similar_value(folder: Path) -> None:
+    settings = with_classes(settings_of(folder, "autoregressive"), "classes-train.parquet")
+    train = dataset.load(settings, "train")
+    rows = _TrainingRows.read(train)
+    caption = train.modalities[1]
+    assert isinstance(caption, TextModality)
+    vectors = next(train.batches(0, 400, 0, shuffle=False)).arrays["vector"]
+    nearest = rows.nearest_texts("vector", vectors + 0.001, np.arange(3, 50), caption)
+    assert nearest == [[words(caption, text) for text in own] for own in train.texts("caption")[3:50]]
+    assert rows.nearest_texts("noun", vectors, np.arange(3), caption) is None
+    assert rows.nearest_texts("vector", vectors[:1].repeat(50, 1), np.arange(50), caption) is None
+
+
+def test_nearest_score_of_unknown_words_is_that_of_other_words() -> None:
+    """The references have an unknown word, and so has the nearest row: they need not be the same word."""
+    cider = CiderD([[(2, UNKNOWN_WORD, 3)], [(4, 5)]])
+    assert _nearest_score(cider, [[(2, UNKNOWN_WORD, 3)], [(4, 5)]]) == _nearest_score(cider, [[(2, 9, 3)], [(4, 5)]])
 
 
 def test_evaluate_texts_without_texts_is_empty(folder: Path) -> None:

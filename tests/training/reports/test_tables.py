@@ -18,9 +18,11 @@ from concord.training.reports.tables import (
     results_table,
     rows_table,
     summary_table,
+    texts_table,
     write_comparisons,
     write_methods,
     write_rows,
+    write_sentences,
     write_teachers,
 )
 
@@ -292,3 +294,37 @@ def test_methods_table_has_the_best_mean_of_each_row_bold(tmp_path: Path) -> Non
     assert (
         "Seeds: Concord: 0, 1; Contrastive: 0. Training of Concord took 2 minutes, on a CPU that had other jobs too." in lines
     )
+
+
+def of_texts(cider: float) -> dict[str, Any]:
+    generated = {"rows": 500, "known_pairs": 0.9, "distinct": 0.5, "repeats": 0.0, "tokens": 9.0}
+    classes = {"kind": {"rows": 500, "accuracy": 0.75, "agreement": 0.8, "own_texts": 0.95}}
+    mean = {**generated, "cider": 2 * cider, "classes": classes}
+    photo = {**generated, "cider": cider, "of_mean": mean, "classes": classes, "cider_nearest": 0.5}
+    itself = {**generated, "known_pairs": None, "of_mean": generated, "predicted_rows": 400, "nats": 2.5, "nats_shuffled": 3.0}
+    return {"texts": {"caption": {"photo": photo, "caption": itself}}}
+
+
+def test_texts_table_has_a_column_for_each_source_and_the_ratio_to_the_nearest_training_row() -> None:
+    lines = texts_table([of_texts(0.3), of_texts(0.5)]).splitlines()
+    assert lines[0] == "| caption | from photo | from caption |"
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:4]] for cells in (line.split("|") for line in lines[2:])}
+    assert rows["pairs of tokens that training texts have ↑"] == ["0.900 ± 0.000", ""]
+    assert rows["nats per token that z is worth ↑"] == ["", "0.500 ± 0.000"]
+    assert rows["CIDEr-D ↑"] == ["0.400 ± 0.141", ""]
+    assert rows["CIDEr-D with the mean of z ↑"] == ["0.800 ± 0.283", ""]
+    assert rows["CIDEr-D by that of the nearest training row ↑"] == ["0.800 ± 0.283", ""]
+    assert rows["kind: text of the row's class ↑"] == ["0.750 ± 0.000", ""]
+    assert rows["kind: text of the class generated with it ↑"] == ["0.800 ± 0.000", ""]
+
+
+def test_write_sentences_writes_the_folders_that_have_results(tmp_path: Path) -> None:
+    readme, folders = tmp_path / "README.md", [tmp_path / "birds", tmp_path / "shop"]
+    readme.write_text("<!-- sentences -->\n<!-- /sentences -->\n")
+    write_sentences(readme, folders)
+    assert readme.read_text() == "<!-- sentences -->\n<!-- /sentences -->\n"
+    folders[1].mkdir()
+    (folders[1] / "concord-3.json").write_text(json.dumps(of_texts(0.3)))
+    write_sentences(readme, folders)
+    assert "[shop](../configs/shop.toml), seed 3:\n\n| caption | from photo |" in readme.read_text()
+    assert "birds" not in readme.read_text()

@@ -1,14 +1,18 @@
 """Metrics of generated texts: whether they read like training texts, and whether they differ from each other."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int64, Shaped
 
+from concord.model.codec.text import text_from_tokens
 from concord.model.modality import TextModality
 
 Tokens = tuple[int, ...]
+Words = tuple[Hashable, ...]
+UNKNOWN_WORD = None
+"""A word outside the vocabulary, among the words of a text."""
 
 
 def written(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> Tokens:
@@ -17,6 +21,13 @@ def written(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> Tok
         return tuple(token for token in tokens.tolist() if token and token != modality.unknown_token)
     places = np.flatnonzero(tokens)
     return tuple(tokens[places[0] : places[-1] + 1].tolist()) if len(places) else ()
+
+
+def words(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> Words:
+    """Return the words of a text in their order. A word outside the vocabulary keeps its place: ``UNKNOWN_WORD``."""
+    if modality.unit == "word":
+        return tuple(UNKNOWN_WORD if token == modality.unknown_token else token for token in tokens.tolist() if token)
+    return tuple(text_from_tokens(modality, tokens).split())
 
 
 def pairs_of_texts(modality: TextModality, tokens: Int64[np.ndarray, "text length"]) -> frozenset[int]:

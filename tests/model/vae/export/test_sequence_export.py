@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ from concord.model.codec import render
 from concord.model.runtime import Posterior, Runtime
 from concord.model.runtime.branch_absent import branch_absent
 from concord.model.vae.export import PARITY_TOLERANCE
+from concord.model.vae.export.graphs import _convert
+from concord.model.vae.export.traced_gradient import trace
 from concord.model.vae.gaussian import Gaussian
 from concord.model.vae.multimodal import MultimodalVAE
 
@@ -102,6 +105,32 @@ def test_text_does_not_depend_on_other_rows_of_the_batch(sentence_vae: Multimoda
             runtime.sample_text("caption", z[part], u[part], *options(1, 1.0, 0.95))[0], together[row]
         )
     assert len(np.unique(together, axis=0)) > 30
+
+
+@pytest.mark.parametrize("name", ["caption", "code"])
+def test_gradient_of_the_log_likelihood_equals_that_of_the_model(
+    sentence_vae: MultimodalVAE, sentence_rows: Any, name: str
+) -> None:
+    """The graph of log p(text | z) and its gradient by z, without the refiner, whose response could hide a difference."""
+
+    def gradient(z: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def total(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            log_likelihood = sentence_vae.text_log_likelihood(name, tokens, z)
+            return log_likelihood.sum(), log_likelihood
+
+        of_z, log_likelihood = torch.func.grad(total, has_aux=True)(z)
+        return log_likelihood, of_z
+
+    z, tokens = torch.from_numpy(latents(sentence_vae, 14)), sentence_rows[name]
+    rows = next(size for size in range(3, 99) if size not in {*sentence_vae.decoders[name].axes, *z.shape, *tokens.shape})
+    program = trace(gradient, (z[:1].repeat(rows, 1), tokens[:1].repeat(rows, 1)))
+    graph = _convert(program, ["z", "tokens"], ["log_likelihood", "gradient"])
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"z": z.numpy(), "tokens": tokens.numpy()})
+    for actual, wanted in zip(found, gradient(z, tokens), strict=True):
+        scale = float(wanted.abs().max())
+        assert scale > 0.1
+        np.testing.assert_allclose(actual / scale, wanted.numpy() / scale, atol=PARITY_TOLERANCE)
 
 
 def test_objective_has_the_log_likelihood_of_the_text(
