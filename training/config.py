@@ -192,6 +192,9 @@ class Network(_Table):
     """Outputs of the network that reads one modality."""
     width: PositiveInt = 32
     """Channels of the first convolution of an image network. Deeper ones have a multiple."""
+    blocks: NonNegativeInt = 0
+    """Residual blocks at each resolution of image encoders and decoders, two convolutions each. More: sharper pictures and
+    longer training."""
     hidden: PositiveInt = 512
     """Units of the hidden layers of fully connected networks."""
     encoders: Literal["deep", "shallow"] = "deep"

@@ -161,6 +161,7 @@ def network_arguments(settings: config.Config) -> dict[str, Any]:
         "features": network.features,
         "hidden": network.hidden,
         "width": network.width,
+        "blocks": network.blocks,
         "shallow": network.encoders == "shallow",
         "beta": settings.objective.beta,
     }
