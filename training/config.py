@@ -334,6 +334,9 @@ class Flow(Stage):
     spread: float = Field(default=1.0, gt=0, le=1)
     """Standard deviation of the base noise at sampling. Training uses 1. Smaller values make samples more coherent and less
     diverse, like a lower temperature."""
+    prior: bool = False
+    """Whether the flow also learns how z of all training rows together are distributed, given N(0, I) as the posterior.
+    Evaluation then takes samples of the prior from it."""
 
 
 class Validation(_Table):

@@ -106,7 +106,7 @@ def _generate(
             chosen = mask.any(1)
             z = q.sample(1, generator)[chosen, 0]
             parts[source].append((model.decode(name, z).cpu(), real[chosen].cpu()))
-        z = torch.randn(len(rows), model.latent, generator=generator).to(real.device)
+        z = model.sample_prior(torch.randn(len(rows), model.latent, generator=generator).to(real.device))
         parts[prior].append((model.decode(name, z).cpu(), real.cpu()))
         count += len(rows)
         if count == PICTURE_ROWS:
