@@ -251,8 +251,8 @@ class ResidualBlock(nn.Module):
 class _Doubled(nn.Conv2d):
     """A convolution after each pixel has become 2 x 2 equal ones.
 
-    Next to residual blocks it reaches a higher ELBO than a transposed convolution or a pixel shuffle, which start with patterns
-    of the period of two pixels (Odena et al. 2016).
+    With residual blocks it had a lower error after 150 steps on photographs of birds than a transposed convolution or a pixel
+    shuffle, which start with patterns of a period of two pixels (Odena et al. 2016).
     """
 
     def __init__(self, channels: int, outputs: int) -> None:
