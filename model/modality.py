@@ -45,6 +45,12 @@ from pydantic import (
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 RESERVED_NAMES = frozenset({"id", "options", "present"})  # field names of the HTTP API and of the graphs
 Segmentation = Literal["letters", "unicode"]
+PixelLikelihood = Literal["laplace", "gaussian", "bernoulli", "logistic_mixture"]
+LearnedScale = Literal["none", "modality", "channel"]
+DEFAULT_COMPONENTS = 3
+"""Of a mixture of logistic distributions."""
+PIXEL_LEVELS = 256
+"""Values of a pixel under the ``logistic_mixture``: multiples of 1/255."""
 UNKNOWN_CHARACTER = "\ufffd"
 """In an alphabet: the token of every character outside the alphabet."""
 MAX_MODALITIES = 12
@@ -91,11 +97,21 @@ class ImageModality(_ModalityBase):
     """Pixels. Images of other sizes are cropped to the aspect ratio and resized."""
     width: int = Field(ge=2)
     """Pixels."""
-    likelihood: Literal["laplace", "gaussian", "bernoulli"] = "laplace"
+    likelihood: PixelLikelihood = "laplace"
+    """``logistic_mixture``: each pixel is one of 256 levels, with a mixture of logistic distributions that z determines."""
     scale: PositiveFloat = 0.75
-    """Scale of the Laplace or standard deviation of the Gaussian, for pixels in [0, 1]. The Bernoulli does not use it."""
+    """Scale of the Laplace or standard deviation of the Gaussian, for pixels in [0, 1]. The others do not use it."""
+    learned_scale: LearnedScale = Field(default="none", exclude_if=lambda choice: choice == "none")
+    """Whether ``scale`` is only the initial scale and training learns it: one number for all values, or one per channel."""
+    components: int = Field(default=DEFAULT_COMPONENTS, ge=1, le=10, exclude_if=lambda count: count == DEFAULT_COMPONENTS)
+    """Components of the ``logistic_mixture``."""
     background: Literal["black", "white"] = "white"
     """Colour behind transparent pixels."""
+
+    @model_validator(mode="after")
+    def _check_learned_scale(self) -> "ImageModality":
+        _check_has_scale(self)
+        return self
 
     @property
     def in_files(self) -> bool:
@@ -130,6 +146,13 @@ class AudioModality(_ModalityBase):
     likelihood: Literal["laplace", "gaussian", "bernoulli"] = "laplace"
     scale: PositiveFloat = 0.75
     """Scale of the Laplace or standard deviation of the Gaussian, for values in [0, 1]. The Bernoulli does not use it."""
+    learned_scale: LearnedScale = Field(default="none", exclude_if=lambda choice: choice == "none")
+    """Whether ``scale`` is only the initial scale and training learns it."""
+
+    @model_validator(mode="after")
+    def _check_learned_scale(self) -> "AudioModality":
+        _check_has_scale(self)
+        return self
 
     @model_validator(mode="after")
     def _check_resolution(self) -> "AudioModality":
@@ -174,6 +197,14 @@ class AudioModality(_ModalityBase):
     @property
     def dtype(self) -> type[np.generic]:
         return np.float32
+
+
+def _check_has_scale(modality: ImageModality | AudioModality) -> None:
+    if modality.learned_scale != "none" and modality.likelihood not in ("laplace", "gaussian"):
+        raise ValueError(
+            f'learned_scale = "{modality.learned_scale}" needs likelihood = "laplace" or "gaussian", received '
+            f'"{modality.likelihood}", which has no scale: leave learned_scale out'
+        )
 
 
 class TextModality(_ModalityBase):
@@ -475,6 +506,8 @@ def information(modality: Modality) -> float:
             return values * math.log(2)
         case ImageModality(likelihood="bernoulli") | AudioModality(likelihood="bernoulli"):
             return values * 2 * PIXEL_STD**2  # KL(Bernoulli(x) || Bernoulli(1/2)) to second order
+        case ImageModality(likelihood="logistic_mixture"):
+            return values * math.log(PIXEL_STD * PIXEL_LEVELS)  # from the spread of the data to a single level
     std = PIXEL_STD if isinstance(modality, ImageModality | AudioModality) else 1.0
     if modality.likelihood == "gaussian":
         return values * 0.5 * (std / modality.scale) ** 2

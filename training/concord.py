@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from concord.model.modality import Modality
@@ -23,16 +23,20 @@ class Concord(MultimodalVAE, TrainableModel):
 
     refines: ClassVar[bool] = True
     exportable: ClassVar[bool] = True
+    learns_prior: bool = False
+    """Whether the flow, if there is one, learns the prior."""
 
     @classmethod
     def from_config(cls, modalities: Sequence[Modality], settings: Config) -> "Concord":
-        return cls(
+        model = cls(
             modalities,
             **network_arguments(settings),
             fusion=settings.network.fusion,
             couplings=settings.flow.couplings if settings.flow.epochs else 0,
             spread=settings.flow.spread,
         )
+        model.learns_prior = settings.flow.prior
+        return model
 
     def stages(self, settings: Config) -> list[Stage]:
         refiner = settings.refiner
@@ -58,6 +62,12 @@ class Concord(MultimodalVAE, TrainableModel):
         features = self.aligned.features(arrays, torch.stack(list(masks)).any(0))
         gaussians = [self.aligned.fuse(features, mask) for mask in masks]
         return [GaussianPosterior(q) if self.flow is None else FlowPosterior(q, self.flow, self.spread) for q in gaussians]
+
+    def sample_prior(self, noise: Float[Tensor, "row latent"]) -> Float[Tensor, "row latent"]:
+        """Return z of new rows of which nothing is known: samples of the flow if it learns the prior, else the noise."""
+        if self.flow is None or not self.learns_prior:
+            return noise
+        return self.sample(Gaussian(torch.zeros_like(noise), torch.zeros_like(noise)), noise.unsqueeze(1))[:, 0]
 
     def joint_posterior(self, arrays: Arrays, present: Bool[Tensor, "batch modality"]) -> Gaussian:
         posterior: Gaussian = self.joint(arrays, present)

@@ -200,6 +200,9 @@ class Network(_Table):
     """Outputs of the network that reads one modality."""
     width: PositiveInt = 32
     """Channels of the first convolution of an image network. Deeper ones have a multiple."""
+    blocks: NonNegativeInt = 0
+    """Residual blocks at each resolution of image encoders and decoders, two convolutions each. More: a lower error
+    of pictures and longer training."""
     hidden: PositiveInt = 512
     """Units of the hidden layers of fully connected networks."""
     encoders: Literal["deep", "shallow"] = "deep"
@@ -343,6 +346,9 @@ class Flow(Stage):
     spread: float = Field(default=1.0, gt=0, le=1)
     """Standard deviation of the base noise at sampling. Training uses 1. Smaller values make samples more coherent and less
     diverse, like a lower temperature."""
+    prior: bool = False
+    """Whether the flow also learns how z of all training rows together are distributed, given N(0, I) as the posterior.
+    Evaluation then takes samples of the prior from it."""
 
 
 class Validation(_Table):

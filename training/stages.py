@@ -257,7 +257,8 @@ class FlowStage(Stage):
     """Trains the flow only, on -E log q(z | x_S) of samples z of the refined joint posterior: forward KL, mass-covering.
 
     The flow is conditioned on the aligned posterior of every subset and, for one random subset per row, on its refined
-    posterior.
+    posterior. With ``settings.prior`` it is conditioned on N(0, I) too, the posterior of the empty subset. Its density is then
+    that of the aggregated posterior, a learned prior (Tomczak & Welling 2018).
     """
 
     name: ClassVar[str] = "flow"
@@ -287,6 +288,9 @@ class FlowStage(Stage):
                 refined = _run_refiner(model, reduced, noise, refiner, start, anchor, train_refiner=False)
                 students.append(refined.posterior)
                 masks.append(present)
+            if self.settings.prior:
+                students.append(standard_like(teacher))
+                masks.append(torch.ones_like(batch.present))
         has_subset = torch.stack([mask.any(1) for mask in masks])
         conditions = Gaussian(*(torch.cat(parts) for parts in zip(*students, strict=True)))
         with torch.autocast(noise.device.type, enabled=False):  # rounding errors of bfloat16 add up over the couplings

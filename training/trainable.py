@@ -144,6 +144,10 @@ class TrainableModel(Generative, ABC):
         """Return samples of a Gaussian posterior from standard normal noise."""
         return gaussian.sample(posterior, noise)
 
+    def sample_prior(self, noise: Float[Tensor, "row latent"]) -> Float[Tensor, "row latent"]:
+        """Return z of new rows of which nothing is known, from standard normal noise."""
+        return noise
+
     def bundle_model(self) -> MultimodalVAE:
         """Return the networks of the bundle of an exportable model.
 
@@ -161,6 +165,7 @@ def network_arguments(settings: config.Config) -> dict[str, Any]:
         "features": network.features,
         "hidden": network.hidden,
         "width": network.width,
+        "blocks": network.blocks,
         "shallow": network.encoders == "shallow",
         "beta": settings.objective.beta,
     }

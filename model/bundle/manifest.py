@@ -16,7 +16,7 @@ from concord.model.modality import (
     TextModality,
 )
 
-FORMAT = 6
+FORMAT = 7
 """The newest format that can be read. A bundle is written in the oldest format that can describe it, see ``oldest_format``:
 
 - 1: images of 1 or 3 channels, texts of characters, vectors, binary attributes.
@@ -25,6 +25,7 @@ FORMAT = 6
 - 4: adds words by Unicode's rules, modalities with the name of a value of the graphs, and more than eight modalities.
 - 5: adds frozen encoders of images and texts, and audio.
 - 6: adds texts with the autoregressive likelihood, whose decode graph is that of one token.
+- 7: adds images and audio with a learned scale, and images with the logistic mixture.
 """
 GRAPH_VALUES = frozenset(
     {"present", "mean", "log_var", "anchor_mean", "anchor_log_var", "noise", "next_mean", "next_log_var", "objective"}
@@ -138,10 +139,11 @@ def oldest_format(facts: Mapping[str, Any]) -> int:
 
 
 def _oldest_format_of(modality: Modality) -> int:
-    if isinstance(modality, EncodedModality | AudioModality):
+    if isinstance(modality, ImageModality | AudioModality):
+        newest = modality.learned_scale != "none" or modality.likelihood == "logistic_mixture"
+        return 7 if newest else 5 if isinstance(modality, AudioModality) else 1 if modality.in_files else 2
+    if isinstance(modality, EncodedModality):
         return 5
-    if isinstance(modality, ImageModality):
-        return 1 if modality.in_files else 2
     if isinstance(modality, TextModality):
         if modality.likelihood == "autoregressive":
             return 6

@@ -27,6 +27,7 @@ class MultimodalVAE(Generative):
         beta: weight of the KL term (Higgins et al. 2017).
         fusion: kind of aligned encoder. ``set``: one network for all subsets. ``product``: a product of experts.
         shallow: whether both encoders have few layers, see ``SetEncoder``.
+        blocks: residual blocks at each resolution of image encoders and decoders, see ``networks``.
         couplings: number of couplings of the flow that transforms samples. 0: no flow, samples are Gaussian.
         spread: standard deviation of the base noise of the flow, in (0, 1]. Training uses 1. Smaller values concentrate the
             samples where the density is high (reduced temperature: Kingma & Dhariwal 2018, section 6).
@@ -43,15 +44,16 @@ class MultimodalVAE(Generative):
         beta: float,
         fusion: Fusion = "set",
         shallow: bool = False,
+        blocks: int = 0,
         couplings: int = 0,
         spread: float = 1.0,
     ) -> None:
         super().__init__(modalities, latent=latent, beta=beta)
-        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width}
+        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
         self.joint = SetEncoder(modalities, **sizes, shallow=shallow)
         self.aligned = ENCODERS[fusion](modalities, **sizes, shallow=shallow)
         self.refiner = Refiner(latent=latent, hidden=hidden, beta=beta)
-        self.build_decoders(hidden=hidden, width=width)
+        self.build_decoders(hidden=hidden, width=width, blocks=blocks)
         self.flow = Flow(latent=latent, hidden=hidden, couplings=couplings) if couplings else None
         self.spread = spread
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from concord.model.modality import AudioModality, CategoricalModality, ImageModality, Modality, TextModality
+from concord.model.vae.likelihood import raw_channels
 from concord.model.vae.masked import is_tracing
 from concord.model.vae.sequence_decoder import SequenceDecoder
 from concord.model.vae.token_likelihood import token_log_likelihood
@@ -19,7 +20,11 @@ from concord.model.vae.token_likelihood import token_log_likelihood
 SILU_GAIN = 1.7  # 1 / sqrt(E[SiLU(x)^2]) for standard normal x, rounded: keeps the variance of signals from layer to layer
 MIN_SIDE = 4  # pixels: convolutions halve an image until its shorter side has about this size
 MAX_DOUBLINGS = 3  # of the channels; without a limit, images above 90 pixels per side would need networks of gigabytes
-GROUPS = 8  # group normalisation in image encoders, per row (Wu & He 2018)
+GROUPS = 8  # group normalisation in image networks, per row (Wu & He 2018)
+SCALE_GAIN = (
+    10.0  # of the logarithm of a learned scale per unit of its weight: Adam moves each weight by about the learning rate
+)
+MIN_SCALE = 1 / 256  # of a learned scale: the distance of two levels of a pixel; without a bound, flat images drive it to 0
 WORD_FEATURES = 64  # size of a word's vector, in the encoder and in the decoder
 
 
@@ -60,16 +65,17 @@ class ModalityModules(nn.ModuleDict):
         return self._PREFIX + key if key in self._ATTRIBUTES else key
 
 
-def encoder(modality: Modality, features: int, width: int, *, shallow: bool = False) -> nn.Module:
+def encoder(modality: Modality, features: int, width: int, *, shallow: bool = False, blocks: int = 0) -> nn.Module:
     """Encoder trunk of a modality: network from (batch, *shape) to (batch, features).
 
     Args:
+        blocks: residual blocks after each convolution that halves an image.
         features: size of the output.
         shallow: whether numbers, attributes, classes and characters pass one layer instead of two.
         width: channels of the first convolution. They double each time the image is halved, at most ``MAX_DOUBLINGS`` times.
     """
     if isinstance(modality, ImageModality | AudioModality):
-        return _image_encoder(modality, features, width)
+        return _image_encoder(modality, features, width, blocks)
     if isinstance(modality, TextModality) and modality.unit != "character":
         return _WordsEncoder(modality, features)
     if isinstance(modality, TextModality | CategoricalModality):
@@ -78,17 +84,18 @@ def encoder(modality: Modality, features: int, width: int, *, shallow: bool = Fa
     return nn.Sequential(*_layers(math.prod(modality.shape), features, shallow), nn.SiLU())
 
 
-def decoder(modality: Modality, latent: int, hidden: int, width: int) -> nn.Module:
+def decoder(modality: Modality, latent: int, hidden: int, width: int, *, blocks: int = 0) -> nn.Module:
     """Decoder of a modality: network from z (batch, latent) to the raw output of ``likelihood``, (batch, *shape), for text and
     classes (batch, *shape, category). Of a text with the autoregressive likelihood: a ``SequenceDecoder``.
 
     Args:
+        blocks: residual blocks of an image decoder at each resolution below that of the image.
         latent: size of z.
         hidden: size of the hidden layers.
         width: channels before the last convolution. Towards z they double at each halving, at most ``MAX_DOUBLINGS`` times.
     """
     if isinstance(modality, ImageModality | AudioModality):
-        return _ImageDecoder(modality, latent, hidden, width)
+        return ImageDecoder(modality, latent, hidden, width, blocks)
     shape = modality.shape
     if isinstance(modality, TextModality) and modality.likelihood == "autoregressive":
         return SequenceDecoder(modality, latent, hidden)
@@ -114,8 +121,8 @@ def initialise(network: nn.Module, last: float = 1.0) -> None:
     """Initialise all weights with normal samples that keep the standard deviation of signals from layer to layer. Biases are 0.
 
     PyTorch's default shrinks signals by half or more in each layer that a SiLU follows. A decoder that starts with outputs this
-    small learns to ignore z before z carries information, and the model does not recover. A
-    ``SequenceDecoder`` initialises itself.
+    small learns to ignore z before z carries information, and the model does not recover. Residual blocks start as the
+    identity. A ``SequenceDecoder`` initialises itself.
 
     Args:
         last: standard deviation of the last layer's output.
@@ -131,6 +138,9 @@ def initialise(network: nn.Module, last: float = 1.0) -> None:
         nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+    for block in network.modules():
+        if isinstance(block, ResidualBlock):
+            nn.init.zeros_(block.outer.weight)
 
 
 def _perceptron(inputs: int, outputs: int, hidden: int = 0) -> tuple[nn.Module, ...]:
@@ -150,13 +160,14 @@ def _channels(width: int, level: int) -> int:
     return width << min(level, MAX_DOUBLINGS)
 
 
-def _image_encoder(modality: ImageModality | AudioModality, features: int, width: int) -> nn.Module:
+def _image_encoder(modality: ImageModality | AudioModality, features: int, width: int, blocks: int) -> nn.Module:
     layers: list[nn.Module] = []
     channels, height, side = modality.shape
     for level in range(_halvings(modality)):
         after = _channels(width, level)
-        norm = _GroupNorm(math.gcd(GROUPS, after), after)
+        norm = _GroupNorm(after)
         layers += [nn.Conv2d(channels, after, kernel_size=4, stride=2, padding=1), norm, nn.SiLU()]
+        layers += [ResidualBlock(after) for _ in range(blocks)]
         channels, height, side = after, height // 2, side // 2
     return nn.Sequential(_Centred(), *layers, nn.Flatten(), nn.Linear(channels * height * side, features), nn.SiLU())
 
@@ -174,8 +185,13 @@ class WordsDecoder(nn.Sequential):
         return token_log_likelihood(z, output.weight, output.bias, observed).view(tokens.shape).sum(1)
 
 
-class _ImageDecoder(nn.Module):
-    def __init__(self, modality: ImageModality | AudioModality, latent: int, hidden: int, width: int) -> None:
+class ImageDecoder(nn.Module):
+    """Decoder of an image or a spectrogram: a coarse grid, whose resolution doubles until it is that of the image.
+
+    Residual blocks come before each doubling. All information passes z: nothing of an encoder reaches the decoder.
+    """
+
+    def __init__(self, modality: ImageModality | AudioModality, latent: int, hidden: int, width: int, blocks: int) -> None:
         super().__init__()
         levels = _halvings(modality)
         channels, self.height, self.width = modality.shape
@@ -187,18 +203,65 @@ class _ImageDecoder(nn.Module):
             nn.SiLU(),
             nn.Unflatten(1, coarse),
         ]
-        for level in reversed(range(1, levels)):
-            before, after = _channels(width, level), _channels(width, level - 1)
-            layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, _ToPixels(width, channels))
+        for level in reversed(range(levels)):
+            before = _channels(width, level)
+            layers += [ResidualBlock(before) for _ in range(blocks)]
+            if level:
+                after = _channels(width, level - 1)
+                layers += [_Doubled(before, after) if blocks else nn.ConvTranspose2d(before, after, 4, 2, 1), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, _ToPixels(width, raw_channels(modality)))
         # The grid doubles in each layer. Pixels beyond the image's size are cropped evenly from both sides.
         self.top = (coarse[1] * 2**levels - self.height) // 2
         self.left = (coarse[2] * 2**levels - self.width) // 2
+        self.scale: nn.Parameter | None = None
+        if modality.learned_scale != "none":
+            scales = channels if modality.learned_scale == "channel" else 1
+            initial = math.log(max(modality.scale - MIN_SCALE, MIN_SCALE)) / SCALE_GAIN
+            self.scale = nn.Parameter(torch.full((scales, 1, 1), initial))
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch channel height width"]:
         grid = self.layers(z)
         cropped: Tensor = grid[:, :, self.top : self.top + self.height, self.left : self.left + self.width]
         return cropped
+
+    @property
+    def log_scale(self) -> Float[Tensor, "channel 1 1"] | None:
+        """Logarithm of the learned scale, one for all channels or one for each. None: it is not learned."""
+        return None if self.scale is None else torch.log(torch.exp(SCALE_GAIN * self.scale) + MIN_SCALE)
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x), where f is two convolutions, each after group normalisation and SiLU (He et al. 2016). Size and channels stay.
+
+    It starts as the identity: ``initialise`` sets the second convolution to zero.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first_norm, self.second_norm = _GroupNorm(channels), _GroupNorm(channels)
+        self.inner = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.outer = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch channel height width"]:
+        hidden = self.inner(nn.functional.silu(self.first_norm(x)))
+        change: Tensor = self.outer(nn.functional.silu(self.second_norm(hidden)))
+        return x + change
+
+
+class _Doubled(nn.Conv2d):
+    """A convolution after each pixel has become 2 x 2 equal ones.
+
+    With residual blocks it had a lower error after 150 steps on photographs of birds than a transposed convolution or a pixel
+    shuffle, which start with patterns of a period of two pixels (Odena et al. 2016).
+    """
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__(channels, outputs, kernel_size=3, padding=1)
+
+    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch output height2 width2"]:
+        # Not nn.functional.interpolate, whose gradient cannot be exported.
+        doubled = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4, 5).flatten(2, 3)
+        return super().forward(doubled)
 
 
 class _ToPixels(nn.ConvTranspose2d):
@@ -229,10 +292,13 @@ class _ToPixels(nn.ConvTranspose2d):
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Group normalisation. During export it uses other operations, because the exporter's version fails on an empty batch."""
+    """Group normalisation. For export it uses other operations, because the exporter's version fails on an empty batch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(math.gcd(GROUPS, channels), channels)
 
     def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch channel height width"]:
-        if not torch.compiler.is_exporting():
+        if not is_tracing(x):
             # Without the check of nn.functional.group_norm: a batch may have a single row with a picture of a few pixels.
             return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         group = math.prod(x.shape[1:]) // self.num_groups

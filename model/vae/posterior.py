@@ -32,14 +32,23 @@ class SetEncoder(nn.Module):
         hidden: size of the two hidden layers of the fusion.
         width: see ``networks.encoder``.
         shallow: whether the fusion is linear and the trunks are shallow, see ``networks.encoder``.
+        blocks: see ``networks.encoder``.
     """
 
     def __init__(
-        self, modalities: Sequence[Modality], *, latent: int, features: int, hidden: int, width: int, shallow: bool = False
+        self,
+        modalities: Sequence[Modality],
+        *,
+        latent: int,
+        features: int,
+        hidden: int,
+        width: int,
+        shallow: bool = False,
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         self.names = [m.name for m in modalities]
-        self.trunks = ModalityModules({m.name: encoder(m, features, width, shallow=shallow) for m in modalities})
+        self.trunks = ModalityModules({m.name: encoder(m, features, width, shallow=shallow, blocks=blocks) for m in modalities})
         self.absent = nn.Parameter(torch.zeros(len(modalities), features))
         self.fusion = _head(len(modalities) * features, hidden, latent, shallow)
         for trunk in self.trunks.values():
@@ -109,11 +118,19 @@ class ProductEncoder(nn.Module):
     """
 
     def __init__(
-        self, modalities: Sequence[Modality], *, latent: int, features: int, hidden: int, width: int, shallow: bool = False
+        self,
+        modalities: Sequence[Modality],
+        *,
+        latent: int,
+        features: int,
+        hidden: int,
+        width: int,
+        shallow: bool = False,
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         self.names = [m.name for m in modalities]
-        self.trunks = ModalityModules({m.name: encoder(m, features, width, shallow=shallow) for m in modalities})
+        self.trunks = ModalityModules({m.name: encoder(m, features, width, shallow=shallow, blocks=blocks) for m in modalities})
         self.heads = ModalityModules({m.name: _head(features, hidden, latent, shallow) for m in modalities})
         for trunk, head in zip(self.trunks.values(), self.heads.values(), strict=True):
             initialise(trunk)

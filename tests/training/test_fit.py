@@ -351,6 +351,23 @@ def test_moments_lie_in_memory_as_their_weight_does() -> None:
     optimizers[1].step()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_works_with_blocks_and_other_likelihoods_of_pictures(make_config: Any, tmp_path: Path, precision: str) -> None:
+    """Pairs of every two of digit, photo and word. A learned scale leaves its initial value."""
+    settings = make_config(photo=True, tables=True, precision=precision, network={"blocks": 1, "width": 4})
+    digit, photo, word = settings["modalities"]
+    digit |= {"likelihood": "logistic_mixture", "components": 2}
+    photo |= {"learned_scale": "channel"}
+    settings = Config.model_validate({**settings, "modalities": [digit, photo, word]})
+    run = Run(tmp_path, settings)
+    model = train(settings, run)
+    weights, metrics = numbers(run)
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert len(metrics) == 6
+    untrained = fit.build(settings, model.modalities).decoders["photo"].log_scale
+    assert (model.decoders["photo"].log_scale < untrained).all()
+
+
 def test_learning_rate_rises_to_its_peak_then_decays_to_zero() -> None:
     rates = [fit._learning_rate_factor(step, 1000) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from concord.model.vae.gaussian import antithetic, kl, sample, standard_like
+from concord.model.modality import VectorModality
+from concord.model.vae.gaussian import Gaussian, antithetic, kl, sample, standard_like
 from concord.model.vae.multimodal import MultimodalVAE
 from concord.training import config, stages
 from concord.training.concord import Concord
@@ -516,8 +517,32 @@ def test_flow_loss_is_the_negative_log_density_of_teacher_samples(
         has_subset = (present if mask is None else mask).any(1)
         terms.append(torch.where(has_subset, FlowPosterior(student, vae.flow).log_density(z).mean(1), 0.0))
     torch.testing.assert_close(loss, -torch.stack(terms).mean())
+    settings = make_config(
+        refiner={"steps": 2, "samples": 2}, refresh={"epochs": 1, "steps": 3}, flow={"epochs": 1, "prior": True}
+    )
+    standard = standard_like(teacher.posterior)
+    terms.append(FlowPosterior(standard, vae.flow).log_density(z).mean(1))
+    torch.testing.assert_close(flow_stage(vae, settings)(batch, seeded())[0], -torch.stack(terms).mean())
     flow_stage(vae, make_config(refiner={"steps": 0}, flow={"epochs": 1}))(batch, seeded())
-    assert len(calls) == 3, "an untrained refiner refines no student"
+    assert len(calls) == 5, "an untrained refiner refines no student"
+
+
+def test_flow_that_learns_the_prior_samples_like_all_rows_together(make_vae: Any) -> None:
+    """The targets are a narrow cluster away from zero."""
+    vae = make_vae([VectorModality(name="a", size=1), VectorModality(name="b", size=1)], couplings=2).requires_grad_(True)
+    noise = torch.randn(500, vae.latent, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(vae.sample_prior(noise), noise)
+    vae.learns_prior = True
+    optimizer = torch.optim.Adam(vae.flow.parameters(), lr=1e-2)
+    prior = Gaussian(torch.zeros(100, vae.latent), torch.zeros(100, vae.latent))
+    for step in range(100):
+        z = 1 + 0.3 * torch.randn(100, 1, vae.latent, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (-FlowPosterior(prior, vae.flow).log_density(z).mean()).backward()
+        optimizer.step()
+    samples = vae.sample_prior(noise).detach()
+    assert (samples.median(0).values - 1).abs().max() < 0.3
+    assert (samples - 1).abs().median() < 0.3
 
 
 def test_many_modalities_align_all_singles_and_a_random_choice_of_the_others(

@@ -23,9 +23,17 @@ class Experts(ModalityModules):
     """q(z | x_m) of each modality, from a ``SetEncoder`` over this modality: trunk and head are those of Concord."""
 
     def __init__(
-        self, modalities: Sequence[Modality], *, latent: int, features: int, hidden: int, width: int, shallow: bool = False
+        self,
+        modalities: Sequence[Modality],
+        *,
+        latent: int,
+        features: int,
+        hidden: int,
+        width: int,
+        shallow: bool = False,
+        blocks: int = 0,
     ) -> None:
-        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width}
+        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
         super().__init__({m.name: SetEncoder([m], **sizes, shallow=shallow) for m in modalities})
 
     def forward(self, arrays: Arrays) -> Gaussian:
@@ -43,7 +51,7 @@ class ExpertBaseline(TrainableModel):
     Args:
         modalities: what the experts read and the decoders generate.
         latent: size of z.
-        features, hidden, width: network sizes, see ``SetEncoder`` and ``networks.decoder``.
+        features, hidden, width, blocks: network sizes, see ``SetEncoder`` and ``networks.decoder``.
         beta: weight of the KL term.
         shallow: whether encoders have few layers, see ``SetEncoder``.
     """
@@ -58,10 +66,12 @@ class ExpertBaseline(TrainableModel):
         width: int,
         beta: float,
         shallow: bool = False,
+        blocks: int = 0,
     ) -> None:
         super().__init__(modalities, latent=latent, beta=beta)
-        self.experts = Experts(modalities, latent=latent, features=features, hidden=hidden, width=width, shallow=shallow)
-        self.build_decoders(hidden=hidden, width=width)
+        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
+        self.experts = Experts(modalities, **sizes, shallow=shallow)
+        self.build_decoders(hidden=hidden, width=width, blocks=blocks)
 
     @classmethod
     def from_config(cls, modalities: Sequence[Modality], settings: Config) -> "ExpertBaseline":

@@ -43,9 +43,10 @@ class Contrastive(ExpertBaseline):
         width: int,
         beta: float,
         shallow: bool = True,
+        blocks: int = 0,
     ) -> None:
         del shallow
-        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width}
+        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
         super().__init__(modalities, **sizes, beta=beta, shallow=True)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
         self.dropout = 0.5

@@ -37,9 +37,11 @@ class JMVAE(ExpertBaseline):
         width: int,
         beta: float,
         shallow: bool = False,
+        blocks: int = 0,
     ) -> None:
-        super().__init__(modalities, latent=latent, features=features, hidden=hidden, width=width, beta=beta, shallow=shallow)
-        self.joint = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width, shallow=shallow)
+        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
+        super().__init__(modalities, **sizes, beta=beta, shallow=shallow)
+        self.joint = SetEncoder(modalities, **sizes, shallow=shallow)
 
     def posteriors(self, arrays: Arrays, masks: Sequence[Bool[Tensor, "batch modality"]]) -> list[Posterior]:
         experts, features = self.experts(arrays), self.joint.features(arrays)

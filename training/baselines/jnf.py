@@ -38,7 +38,7 @@ class JNF(TrainableModel):
     Args:
         modalities: what the encoders read and the decoders generate.
         latent: size of z.
-        features, hidden, width: network sizes, see ``SetEncoder`` and ``networks.decoder``.
+        features, hidden, width, blocks: network sizes, see ``SetEncoder`` and ``networks.decoder``.
         beta: weight of the KL term.
         shallow: whether encoders have few layers, see ``SetEncoder``.
     """
@@ -53,11 +53,13 @@ class JNF(TrainableModel):
         width: int,
         beta: float,
         shallow: bool = False,
+        blocks: int = 0,
     ) -> None:
         super().__init__(modalities, latent=latent, beta=beta)
-        self.joint = SetEncoder(modalities, latent=latent, features=features, hidden=hidden, width=width, shallow=shallow)
-        self.build_decoders(hidden=hidden, width=width)
-        self.trunks = ModalityModules({m.name: encoder(m, features, width, shallow=shallow) for m in modalities})
+        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
+        self.joint = SetEncoder(modalities, **sizes, shallow=shallow)
+        self.build_decoders(hidden=hidden, width=width, blocks=blocks)
+        self.trunks = ModalityModules({m.name: encoder(m, features, width, shallow=shallow, blocks=blocks) for m in modalities})
         for trunk in self.trunks.values():
             initialise(trunk)
         flow = {"latent": latent, "features": features, "hidden": hidden, "couplings": COUPLINGS}

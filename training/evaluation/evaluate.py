@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from concord.model.modality import BinaryModality, CategoricalModality, VectorModality
+from concord.model.modality import BinaryModality, CategoricalModality, ImageModality, VectorModality
 from concord.model.vae.gaussian import antithetic, standard_like
 from concord.training.config import Config
 from concord.training.data.dataset import Dataset
@@ -19,6 +19,7 @@ from concord.training.evaluation.linear import evaluate_linear
 from concord.training.evaluation.metrics.calibration import LEVELS, coverage
 from concord.training.evaluation.metrics.probe import linear_probe
 from concord.training.evaluation.metrics.refinement import EVALUATION_SAMPLES, refined_elbos
+from concord.training.evaluation.pictures import evaluate_pictures, picture_network
 from concord.training.evaluation.texts import evaluate_texts
 from concord.training.objectives import every_subset, figure_name, named_subsets
 from concord.training.posteriors import GaussianPosterior
@@ -58,8 +59,8 @@ def evaluate(
 
     ``texts``: only with text modalities, see ``evaluate_texts``.
 
-    With ``pairing = "row"``, the metrics of ``evaluate_cross_modal``, and as ``linear``, with ``baselines``, those of
-    ``evaluate_linear``.
+    With ``pairing = "row"``, the metrics of ``evaluate_cross_modal`` and ``evaluate_pictures``, and as ``linear``, with
+    ``baselines``, those of ``evaluate_linear``.
 
     ``refinement``: only if the model refines. The first ``refined_rows`` test rows, refined from the aligned posterior as in
     the service. ``elbo_by_step`` is the mean ELBO, estimated with the noise of the refinement steps. ``elbo_before`` and
@@ -82,6 +83,8 @@ def evaluate(
     metrics |= evaluate_texts(model, train, test)
     if config.data.pairing == "row":
         metrics |= evaluate_cross_modal(model, test)
+        if any(isinstance(modality, ImageModality) for modality in model.modalities):
+            metrics |= evaluate_pictures(model, train, test, picture_network(config))
         if baselines:
             metrics["linear"] = evaluate_linear(train, test, model.latent, progress)
     if model.refines:

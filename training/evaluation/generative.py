@@ -38,7 +38,7 @@ def evaluate_comparison(
     ``rows``: number of test rows used, the same rows for all models.
 
     ``coherence``: ``cross`` {source: {target: accuracy}} of samples of the posterior at temperature 1, ``cross_means`` of its
-    mean, ``joint`` of samples of the prior.
+    mean, ``joint`` of samples of the prior (``TrainableModel.sample_prior``).
 
     ``frechet``: {source: {image: distance}} between generated images and the same number of real images. One of the sources is
     ``prior``.
@@ -128,7 +128,7 @@ def _generation(model: TrainableModel, batches: list[Batch], classifiers: Classi
                         hit = cross_coherence(model, classifiers, target, z, labels[selected])
                         hits[kind].setdefault((source, target), []).append(hit)
                     _append_features(features, source, target, classifiers[target], model.decode(target, sampled))
-            prior = torch.randn(len(batch.present), model.latent, generator=generator)
+            prior = model.sample_prior(torch.randn(len(batch.present), model.latent, generator=generator))
             joint_hits.append(joint_coherence(model, classifiers, prior))
             for target, classifier in classifiers.items():
                 _append_features(features, figure_name("prior", names), target, classifier, model.decode(target, prior))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from concord.model.bundle import MANIFEST, builtin, read
 from concord.model.bundle.manifest import GRAPH_VALUES, graph_input, oldest_format
-from concord.model.modality import TextModality
+from concord.model.modality import ImageModality, TextModality
 
 WORDS: dict[str, Any] = {"name": "title", "kind": "text", "length": 4, "unit": "word", "vocabulary": ["a"]}
 
@@ -34,6 +34,39 @@ def format_of(*modalities: dict[str, Any]) -> int:
 )
 def test_oldest_format_depends_on_the_rule_for_words(fields: dict[str, Any], number: int) -> None:
     assert format_of({**WORDS, **fields}) == number
+
+
+@pytest.mark.parametrize(
+    ("fields", "number"),
+    [
+        ({}, 1),
+        ({"components": 5}, 1),
+        ({"channels": 2}, 2),
+        ({"learned_scale": "modality"}, 7),
+        ({"likelihood": "logistic_mixture"}, 7),
+        ({"kind": "audio", "seconds": 1.0, "sample_rate": 8000, "mels": 24}, 5),
+        ({"kind": "audio", "seconds": 1.0, "sample_rate": 8000, "mels": 24, "learned_scale": "modality"}, 7),
+    ],
+)
+def test_oldest_format_depends_on_the_likelihood_of_an_image(fields: dict[str, Any], number: int) -> None:
+    image = {} if "kind" in fields else {"kind": "image", "channels": 3, "height": 8, "width": 8}
+    assert format_of({"name": "photo", **image, **fields}) == number
+
+
+def test_manifest_of_an_image_names_only_what_older_versions_know() -> None:
+    """They reject a field that they do not know."""
+    image = ImageModality(name="photo", channels=3, height=8, width=8)
+    assert set(image.model_dump()) == {
+        "name",
+        "weight",
+        "kind",
+        "channels",
+        "height",
+        "width",
+        "likelihood",
+        "scale",
+        "background",
+    }
 
 
 @pytest.mark.parametrize(("names", "number"), [("abcdefgh", 1), ("abcdefghi", 4), (["noise", "a"], 4), (["z", "value"], 1)])

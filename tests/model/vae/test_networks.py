@@ -12,17 +12,17 @@ from concord.model.modality import BinaryModality, CategoricalModality, ImageMod
 from concord.model.vae import token_likelihood
 from concord.model.vae.likelihood import log_likelihood
 from concord.model.vae.multimodal import MultimodalVAE
-from concord.model.vae.networks import ModalityModules, decoder, encoder
+from concord.model.vae.networks import ModalityModules, ResidualBlock, decoder, encoder, initialise
 
 
-def check_networks(modality: Modality, raw_shape: tuple[int, ...], width: int = 2) -> None:
+def check_networks(modality: Modality, raw_shape: tuple[int, ...], width: int = 2, blocks: int = 0) -> None:
     """Check the output shapes of both networks, and that each row of the output depends on its own input only."""
     dtype = torch.int64 if isinstance(modality, TextModality | CategoricalModality) else torch.float32
     x = torch.zeros(3, *modality.shape, dtype=dtype)
-    features = encoder(modality, features=5, width=width)(x)
+    features = encoder(modality, features=5, width=width, blocks=blocks)(x)
     assert features.shape == (3, 5)
     z = torch.randn(3, 4, requires_grad=True)
-    raw = decoder(modality, latent=4, hidden=6, width=width)(z)
+    raw = decoder(modality, latent=4, hidden=6, width=width, blocks=blocks)(z)
     assert raw.shape == (3, *raw_shape)
     (gradient,) = torch.autograd.grad(raw[1].sum(), z)
     assert gradient[1].abs().sum() > 0
@@ -31,16 +31,63 @@ def check_networks(modality: Modality, raw_shape: tuple[int, ...], width: int = 
 
 @pytest.mark.parametrize("side", [(28, 28), (32, 32), (37, 21), (64, 64), (5, 90), (2, 2), (300, 200)])
 @pytest.mark.parametrize("channels", [1, 3, 6])
-def test_networks_images_of_any_size_have_the_right_shapes(side: tuple[int, int], channels: int) -> None:
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_networks_images_of_any_size_have_the_right_shapes(side: tuple[int, int], channels: int, blocks: int) -> None:
     modality = ImageModality(name="picture", channels=channels, height=side[0], width=side[1])
-    check_networks(modality, modality.shape)
+    check_networks(modality, modality.shape, blocks=blocks)
 
 
 @settings(max_examples=25, deadline=None)
-@given(height=st.integers(2, 40), width=st.integers(2, 40))
-def test_networks_images_of_random_size_have_the_right_shapes(height: int, width: int) -> None:
+@given(height=st.integers(2, 40), width=st.integers(2, 40), blocks=st.integers(0, 2))
+def test_networks_images_of_random_size_have_the_right_shapes(height: int, width: int, blocks: int) -> None:
     modality = ImageModality(name="picture", channels=1, height=height, width=width)
-    check_networks(modality, modality.shape, width=1)
+    check_networks(modality, modality.shape, width=1, blocks=blocks)
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_networks_with_the_logistic_mixture_have_its_parameters(side: int) -> None:
+    modality = ImageModality(name="picture", channels=3, height=side, width=side, likelihood="logistic_mixture", components=2)
+    check_networks(modality, (2 * 7, side, side), blocks=2)
+
+
+def test_residual_block_starts_as_the_identity_and_learns() -> None:
+    block, x = ResidualBlock(6), torch.randn(2, 6, 5, 4)
+    initialise(block)
+    assert torch.equal(block(x), x)
+    block(x).square().sum().backward()
+    assert block.outer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("network", ["encoder", "decoder"])
+def test_networks_with_blocks_treat_a_row_alike_in_any_batch(network: str) -> None:
+    modality = ImageModality(name="picture", channels=3, height=20, width=16)
+    if network == "encoder":
+        trunk, rows = encoder(modality, features=5, width=4, blocks=2), torch.rand(64, *modality.shape)
+    else:
+        trunk, rows = decoder(modality, latent=4, hidden=6, width=4, blocks=2), torch.randn(64, 4)
+    torch.testing.assert_close(torch.cat([trunk(rows[i : i + 1]) for i in range(64)]), trunk(rows), rtol=1e-4, atol=1e-5)
+    assert trunk.train()(rows).equal(trunk.eval()(rows)), "no statistics of the batch"
+
+
+def test_networks_have_the_blocks_of_every_resolution() -> None:
+    modality = ImageModality(name="picture", channels=3, height=32, width=32)
+    for network in (
+        encoder(modality, features=5, width=4, blocks=2),
+        decoder(modality, latent=4, hidden=6, width=4, blocks=2),
+    ):
+        blocks = [m.inner.out_channels for m in network.modules() if isinstance(m, ResidualBlock)]
+        assert sorted(blocks) == [4, 4, 8, 8, 16, 16]
+
+
+def test_decoder_learned_scale_starts_at_that_of_the_modality_and_stays_positive() -> None:
+    for choice, scales in (("modality", 1), ("channel", 3)):
+        modality = ImageModality(name="picture", channels=3, height=8, width=8, scale=0.4, learned_scale=choice)
+        network = decoder(modality, latent=4, hidden=6, width=2)
+        assert network.log_scale.shape == (scales, 1, 1)
+        torch.testing.assert_close(network.log_scale.exp(), torch.full((scales, 1, 1), 0.4))
+        nn.init.constant_(network.scale, -100.0)
+        torch.testing.assert_close(network.log_scale.exp(), torch.full((scales, 1, 1), 1 / 256))
+    assert decoder(ImageModality(name="picture", channels=3, height=8, width=8), 4, 6, 2).log_scale is None
 
 
 @pytest.mark.parametrize(
@@ -63,9 +110,10 @@ def test_networks_of_other_kinds_have_the_right_shapes(modality: Modality, raw_s
 @pytest.mark.parametrize(
     ("side", "top", "left"), [((28, 28), 2, 2), ((37, 21), 1, 1), ((16, 16), 0, 0), ((9, 6), 0, 0), ((9, 7), 0, 0)]
 )
-def test_decoder_crops_the_middle_of_its_grid(side: tuple[int, int], top: int, left: int) -> None:
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_decoder_crops_the_middle_of_its_grid(side: tuple[int, int], top: int, left: int, blocks: int) -> None:
     modality = ImageModality(name="picture", channels=1, height=side[0], width=side[1])
-    network = decoder(modality, latent=4, hidden=6, width=2)
+    network = decoder(modality, latent=4, hidden=6, width=2, blocks=blocks)
     z = torch.randn(2, 4)
     grid = network.layers(z)
     assert torch.equal(network(z), grid[:, :, top : top + side[0], left : left + side[1]])
@@ -73,10 +121,11 @@ def test_decoder_crops_the_middle_of_its_grid(side: tuple[int, int], top: int, l
     assert (grid.shape[3] - side[1]) // 2 == left
 
 
-def test_encoder_depends_on_every_pixel() -> None:
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_encoder_depends_on_every_pixel(blocks: int) -> None:
     modality = ImageModality(name="picture", channels=1, height=28, width=20)
     x = torch.randn(1, *modality.shape, requires_grad=True)
-    (gradient,) = torch.autograd.grad(encoder(modality, features=5, width=2)(x).sum(), x)
+    (gradient,) = torch.autograd.grad(encoder(modality, features=5, width=2, blocks=blocks)(x).sum(), x)
     assert torch.all(gradient != 0)
 
 

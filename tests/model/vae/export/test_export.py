@@ -224,6 +224,38 @@ def test_export_unusual_sizes_equal_the_model(tmp_path: Path, tiny_facts: dict[s
         assert parity(vae, runtime, make_rows(modalities, rows, seed=rows)) <= PARITY_TOLERANCE
 
 
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_export_of_pictures_with_blocks_and_every_likelihood_equals_the_model(
+    tmp_path: Path, tiny_facts: dict[str, Any], make_vae, make_rows, blocks: int
+) -> None:
+    """Subsets of each size are in the golden examples, and in the rows below."""
+    modalities = (
+        ImageModality(name="oblong", channels=3, height=13, width=7, likelihood="logistic_mixture", components=2),
+        ImageModality(name="square", channels=1, height=16, width=16, likelihood="bernoulli"),
+        ImageModality(name="photo", channels=3, height=9, width=12, likelihood="laplace", learned_scale="channel"),
+        ImageModality(name="scan", channels=2, height=8, width=8, likelihood="gaussian", learned_scale="modality", scale=0.2),
+    )
+    vae = make_vae(modalities, width=4, blocks=blocks)
+    examples = make_rows(modalities, 15)
+    opened = export_bundle(vae, tmp_path / "b", facts=tiny_facts, samples=2, horizon=1, examples=examples, card="")
+    assert tuple(opened.manifest.modalities) == modalities
+    assert opened.manifest.format == 7
+    assert {entry.version for file in (tmp_path / "b").glob("*.onnx") for entry in onnx.load(file).opset_import} == {18}
+    runtime = Runtime(opened, threads=1)
+    for rows in (1, 3, 64):
+        assert parity(vae, runtime, make_rows(modalities, rows, seed=rows)) <= PARITY_TOLERANCE
+        z = torch.randn(rows, vae.latent)
+        for modality in modalities:
+            assert difference(runtime.decode(modality.name, z.numpy()), vae.decode(modality.name, z)) <= PARITY_TOLERANCE
+    present = np.array([[True, False, False, True]] * 64)
+    arrays = make_rows(modalities, 64)
+    encoded = runtime.encode(numbers(arrays), present)
+    arrays |= {name: torch.full_like(arrays[name], torch.nan) for name in ("square", "photo")}
+    assert np.array_equal(runtime.encode(numbers(arrays), present).mean, encoded.mean)
+    alone = runtime.encode({name: x[:1] for name, x in numbers(arrays).items()}, present[:1])
+    assert difference(alone.mean, torch.from_numpy(encoded.mean[:1])) <= PARITY_TOLERANCE
+
+
 def test_export_kinds_of_format_2_equal_the_model(tmp_path: Path, tiny_facts: dict[str, Any], make_vae, make_rows) -> None:
     modalities = (
         ImageModality(name="scan", channels=2, height=8, width=8),
