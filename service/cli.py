@@ -226,8 +226,8 @@ def set_up_process(settings: Settings, worker: int | None = None) -> None:
 
 
 def bound_heap() -> None:
-    """Keep one heap for all threads, and large blocks outside of it. Otherwise each thread has a heap, and the blocks that loading
-    a bundle takes and frees leave gaps in it. No effect without the GNU C library."""
+    """Keep one heap for all threads, and large blocks outside of it. Otherwise each thread has a heap, and the blocks that
+    loading a bundle takes and frees leave gaps in it. No effect without the GNU C library."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(_M_ARENA_MAX, 1)
@@ -235,8 +235,8 @@ def bound_heap() -> None:
 
 
 def freeze_heap() -> None:
-    """Requests leave little garbage, and a collection over the whole heap takes a twentieth of a second. What loading the bundles
-    took and freed returns to the system."""
+    """Requests leave little garbage, and a collection over the whole heap takes a twentieth of a second. What loading the
+    bundles took and freed returns to the system."""
     gc.collect()
     gc.freeze()  # objects made so far are never scanned again
     gc.set_threshold(20_000, 20, 20)

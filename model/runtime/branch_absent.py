@@ -18,8 +18,8 @@ NOISE = "noise"
 MAX_WEIGHT_BYTES = 1 << 30
 """Largest weights that are moved into a graph. Protocol Buffers can hold twice that."""
 CONVOLUTION_AXES = 3
-"""Fewest axes of the weights of a convolution. ONNX Runtime changes their layout, for a faster kernel, only where they are constants
-of the same branch. All others stay outside: it keeps those of a branch three times."""
+"""Fewest axes of the weights of a convolution. ONNX Runtime changes their layout, for a faster kernel, only where they are
+constants of the same branch. All others stay outside: it keeps those of a branch three times."""
 
 _Shapes = Mapping[str, list[str | int]]
 
