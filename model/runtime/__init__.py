@@ -514,7 +514,7 @@ class Runtime:
 
 @functools.cache
 def _register_shared_arena() -> None:
-    """Register one memory arena for all graphs of this process. Otherwise each graph keeps what it needed at most, although they
+    """Register one memory arena for all graphs of this process. Otherwise each graph keeps what it needed at most, and they
     run one after the other."""
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
