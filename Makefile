@@ -35,8 +35,8 @@ report: $(VENV)/.dev-$(ORT) openapi
 	$(BIN)/python -m tests.tools.documents
 	$(BIN)/python -m tests.benchmarks.report
 
-# The service next to LitServe, BentoML, MLServer, plain FastAPI and its own graphs: half an hour on an idle machine with two
-# cores; writes tests/benchmarks/README.md. make bench QUICK=1 takes minutes and only prints the table.
+# The service next to LitServe, BentoML, MLServer, plain FastAPI and its own graphs: an hour on an idle machine with two
+# cores; writes tests/benchmarks/README.md. make bench QUICK=1 takes 10 minutes and only prints the table.
 QUICK ?=
 ROUNDS ?=
 bench: $(VENV)/.dev-$(ORT)

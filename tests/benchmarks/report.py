@@ -1,10 +1,13 @@
-"""The results in Markdown: a short table in README.md, all rows and targets in tests/benchmarks/README.md.
+"""The results in Markdown: a short table in README.md, all rows and targets in tests/benchmarks/README.md; and the figure.
 
-``python -m tests.benchmarks.report`` writes both from ``results/latest.json`` without a measurement.
+``python -m tests.benchmarks.report`` writes all from ``results/latest.json`` without a measurement. What a run did not measure
+is left out.
 """
 
 import json
+import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.benchmarks import scaling
 from tests.benchmarks.plan import CONNECTIONS, LIMIT_MS
 from tests.benchmarks.scaling import FIGURE
 from tests.benchmarks.servers import COMPETITORS, CONCORD, NOOP, PLAIN, SERVERS
@@ -97,8 +101,10 @@ def benchmark_section(content: Content) -> str:
         f"- Versions: {libraries}; competitors: {', '.join(f'`{package}`' for package in machine['competitors'])}.",
         f"- Rounds: {_count_rounds(content)}.",
         *_settings(content),
+        *(f"- Failed: {failure}." for failure in content.get("failures", ())),
         "",
         *table(content, limit=True),
+        *variants_table(content),
         *workers_table(content),
         "",
         "| target | required | measured | result |",
@@ -108,7 +114,7 @@ def benchmark_section(content: Content) -> str:
     if "scaling" in content:
         lines += [
             "",
-            "Throughput and memory against batch size, latent size, number of modalities and number of refinement steps: "
+            "Throughput and memory against worker processes, batch size, latent size, modalities and refinement steps: "
             f"[{FIGURE}](results/{FIGURE}).",
         ]
     return "\n".join(lines)
@@ -133,7 +139,7 @@ def table(content: Content, names: Iterable[str] | None = None, *, spread: bool 
         concord = median(rounds, CONCORD.name, name)
         cells = []
         for server in SERVERS:
-            values = np.array([figures[name] for figures in rounds[server.name] if name in figures])
+            values = np.array([figures[name] for figures in rounds.get(server.name, ()) if name in figures])
             if not len(values):
                 cells.append("")
                 continue
@@ -154,37 +160,70 @@ def composed_limits(content: Content) -> dict[str, float]:
     rounds: Rounds = content["rounds"]
     inside = content["inside"]
     limits = {}
-    for name in rounds[NOOP.name][0]:
-        if match := re.fullmatch(r"(word_|wrk_)?rps_(\d+)", name):
-            work = "raw_picture_rps" if match[2] == "1" else "raw_bulk_word_rps" if match[1] == "word_" else "raw_bulk_rps"
-            if work in inside:  # results of earlier versions lack words
-                limits[name] = 1 / (1 / median(rounds, NOOP.name, name) + 1 / float(np.median(inside[work])))
+    for name in rounds[CONCORD.name][0]:
+        match = re.fullmatch(r"(word_|wrk_)?rps_(\d+)|goodput_rps", name)
+        if match is None:
+            continue
+        work = "raw_picture_rps" if match[2] == "1" else "raw_bulk_word_rps" if match[1] == "word_" else "raw_bulk_rps"
+        noop = median(rounds, NOOP.name, name if match[2] else f"rps_{CONNECTIONS[-1]}")
+        if work in inside and not math.isnan(noop):
+            limits[name] = 1 / (1 / noop + 1 / float(np.median(inside[work])))
     return limits
+
+
+def variants_table(content: Content) -> list[str]:
+    """Return the lines of the table of all variants of the competitors; none if a run has the figures of one variant only."""
+    variants = {name: entries for name, entries in content.get("variants", {}).items() if len(entries) > 1}
+    if not any("rounds" in entry for entries in variants.values() for entry in entries):
+        return []
+    titles = _titles(content["rounds"][CONCORD.name][0])
+    names = [name for name in (*(f"rps_{n}" for n in CONNECTIONS), "word_rps_64", "p50_1_ms", "resident_mb") if name in titles]
+    lines = [
+        "",
+        "All variants, in the same rounds. The first table has those in bold:",
+        "",
+        f"| variant | {' | '.join(titles[name][0] for name in names)} |",
+        f"| --- |{' --- |' * len(names)}",
+    ]
+    for server in SERVERS:
+        for entry in variants.get(server.name, ()):
+            title = f"{server.title} {' '.join(f'`{name}={value}`' for name, value in entry['variant'].items())}"
+            if entry["variant"] == content["chosen"][server.name]:
+                title = f"**{title}**"
+            cells = [titles[name][1].format(median({"": entry["rounds"]}, "", name)) for name in names]
+            lines.append(f"| {title} | {' | '.join(cells if entry['rounds'] else ['failed'] * len(names))} |")
+    return lines
 
 
 def workers_table(content: Content) -> list[str]:
     """Return the lines of the table of worker processes; none if they were not measured."""
     if not content.get("workers"):
         return []
+    limits = composed_limits(content)
     lines = [
         "",
-        "Worker processes on as many cores, 64 connections, wrk. If wrk shares the cores, its processor time is subtracted:",
+        "Worker processes, 64 connections, wrk. In brackets the ratio to 1 worker, and the share of the composed limit of as "
+        "many cores. If wrk shares the cores, its processor time is subtracted:",
         "",
         "| workers | requests/s, a photo | requests/s, a word | CPU seconds per 1,000 photos | … words | resident memory, MB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for count in content["workers"]:
+    for count, rounds in content["workers"].items():
+        cores = int(rounds[0].get("cores", int(count)))
         cells = []
-        for name, form in (
-            ("photo_rps", "{:,.0f}"),
-            ("word_rps", "{:,.0f}"),
-            ("photo_cpu_s_per_1000", "{:.2f}"),
-            ("word_cpu_s_per_1000", "{:.2f}"),
-            ("resident_mb", "{:.0f}"),
+        for name, form, limit in (
+            ("photo_rps", "{:,.0f}", "wrk_rps_64"),
+            ("word_rps", "{:,.0f}", "word_rps_64"),
+            ("photo_cpu_s_per_1000", "{:.2f}", ""),
+            ("word_cpu_s_per_1000", "{:.2f}", ""),
+            ("resident_mb", "{:.0f}", ""),
         ):
-            ratio = f" ({_workers(content, count, name) / _workers(content, '1', name):.2f})" if count != "1" else ""
-            cells.append(f"{form.format(_workers(content, count, name))}{ratio}")
-        lines.append(f"| {count} | {' | '.join(cells)} |")
+            value = _workers(content, count, name)
+            ratios = [f"{value / _workers(content, '1', name):.2f}"] if count != "1" and "1" in content["workers"] else []
+            if limit in limits:
+                ratios.append(f"limit: {value / (cores * limits[limit]):.2f}")
+            cells.append(form.format(value) + (f" ({', '.join(ratios)})" if ratios else ""))
+        lines.append(f"| {count}{'' if cores == int(count) else f' on {cores} cores'} | {' | '.join(cells)} |")
     return lines
 
 
@@ -193,15 +232,17 @@ def _workers(content: Content, count: str, name: str) -> float:
 
 
 def targets(content: Content) -> list[Target]:
-    """Return the targets with the measured values."""
+    """Return the targets with the measured values. Those of what was not measured are left out."""
     rounds: Rounds = content["rounds"]
-    inside = {name: float(np.median(values)) for name, values in content["inside"].items()}
+    measured = {name: float(np.median(values)) for name, values in content["inside"].items()}
+    inside = defaultdict(lambda: math.nan, measured)
 
     def concord(name: str) -> float:
         return median(rounds, CONCORD.name, name)
 
     def competitors(name: str) -> list[float]:
-        return [median(rounds, server.name, name) for server in COMPETITORS]
+        values = [median(rounds, server.name, name) for server in COMPETITORS]
+        return [value for value in values if not math.isnan(value)] or [math.nan]
 
     throughput = [
         Target(
@@ -301,16 +342,18 @@ def targets(content: Content) -> list[Target]:
         Target("cold start, s", concord("cold_start_s"), 0.8, at_least=False),
         Target("resident memory, MB", concord("resident_mb"), 200.0, at_least=False, form="{:.0f}"),
     ]
-    return [*throughput, *latency, *overhead, *refinement, *resources]
+    all_targets = [*throughput, *latency, *overhead, *refinement, *resources]
+    return [target for target in all_targets if not math.isnan(target.measured)]
 
 
 def median(rounds: Rounds, server: str, name: str) -> float:
-    """Return the median of a figure of one server over the rounds that have it."""
-    return float(np.median([figures[name] for figures in rounds[server] if name in figures]))
+    """Return the median of a figure of one server over the rounds that have it; NaN if none has it."""
+    values = [figures[name] for figures in rounds.get(server, ()) if name in figures]
+    return float(np.median(values)) if values else math.nan
 
 
-def write(content: Content, readme: Path = README, benchmark_readme: Path = BENCHMARK_README) -> None:
-    """Write the generated sections of the two documents.
+def write(content: Content, readme: Path = README, benchmark_readme: Path = BENCHMARK_README, figures: Path = RESULTS) -> None:
+    """Write the generated sections of the two documents, and the scaling figure into the folder ``figures``.
 
     Raises:
         AssertionError: a document lacks the markers of its section.
@@ -320,6 +363,8 @@ def write(content: Content, readme: Path = README, benchmark_readme: Path = BENC
         (benchmark_readme, BENCHMARK_MARKER, benchmark_section(content)),
     ):
         document.write_text(with_section(document.read_text(encoding="utf-8"), marker, section), encoding="utf-8")
+    if "scaling" in content:
+        scaling.plot(content["scaling"], content.get("workers", {}), figures)
 
 
 def _count_rounds(content: Content) -> str:
@@ -340,13 +385,10 @@ def _settings(content: Content) -> list[str]:
         return "; ".join(
             f"{server.title} {' '.join(f'`{name}={value}`' for name, value in content[key][server.name].items())}"
             for server in SERVERS
-            if len(server.variants) > 1
+            if len(server.variants) > 1 and server.name in content[key]
         )
 
-    lines = [f"- Settings: {variants('chosen')}."]
-    if "chosen_for_one" in content:
-        lines.append(f"- Settings at 1 connection: {variants('chosen_for_one')}.")
-    return lines
+    return [f"- Settings: {variants('chosen')}."]
 
 
 def _failed_share(name: str, rounds: Sequence[Mapping[str, float]]) -> float:
