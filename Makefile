@@ -63,9 +63,9 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-an
 	--no-emit-package concord-mvae --python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock'
 lock: $(VENV)/.release
 	echo setuptools | $(UV_COMPILE) - --output-file docker/requirements-build.txt
-	$(UV_COMPILE) pyproject.toml --extra cpu --extra otel --output-file docker/requirements-cpu.txt
-	$(UV_COMPILE) pyproject.toml --extra gpu --extra otel --output-file docker/requirements-gpu.txt
-	$(UV_COMPILE) pyproject.toml --extra cpu --extra train --output-file docker/requirements-training.txt
+	$(UV_COMPILE) pyproject.toml --extra cpu --extra audio --extra otel --output-file docker/requirements-cpu.txt
+	$(UV_COMPILE) pyproject.toml --extra gpu --extra audio --extra otel --output-file docker/requirements-gpu.txt
+	$(UV_COMPILE) pyproject.toml --extra cpu --extra audio --extra train --output-file docker/requirements-training.txt
 
 # The packages of each image, as CycloneDX, in dist/.
 sbom: $(VENV)/.release
