@@ -32,8 +32,11 @@ RESULTS = FOLDER / "results"
 LATEST = RESULTS / "latest.json"
 README, README_MARKER = ROOT / "README.md", "performance"
 BENCHMARK_README, BENCHMARK_MARKER = FOLDER / "README.md", "benchmark"
+PROFILE, PROFILE_MARKER = RESULTS / "profile.json", "profile"
 SHORT_TABLE = ("rps_16", "rps_64", "p50_1_ms", "p99_at_400_ms", "resident_mb")
 """Figures in README.md."""
+MAX_LOAD = 2.5
+"""Load average of a machine on which only the benchmark runs."""
 P50_BOUND = 0.5
 """Largest ratio of Concord's median latency at 1 connection to that of the best competitor."""
 _PERCENTILE = re.compile(r"p\d+_at_(\d+)_ms")
@@ -104,6 +107,7 @@ def benchmark_section(content: Content) -> str:
         *(f"- Failed: {failure}." for failure in content.get("failures", ())),
         "",
         *table(content, limit=True),
+        *request_table(content),
         *variants_table(content),
         *workers_table(content),
         "",
@@ -154,6 +158,28 @@ def table(content: Content, names: Iterable[str] | None = None, *, spread: bool 
     return lines
 
 
+def profile_section(profile: Content) -> str:
+    """Return the tables of ``tests.benchmarks.profile``: shares of processor time by load, of operators, and memory."""
+    loads: Mapping[str, Mapping[str, float]] = profile["loads"]
+    parts = dict.fromkeys(part for shares in loads.values() for part in shares)
+    lines = ["`python -m tests.benchmarks.profile` sampled the running threads of the service.", ""]
+    if profile["load_average"] > MAX_LOAD:
+        lines[0] += (
+            f" The load average was {profile['load_average']:g}. Threads that wait for a core count as running, so the shares "
+            "of system calls and of the other thread are too large."
+        )
+    lines += [f"| share of samples | {' | '.join(loads)} |", f"| --- |{' --- |' * len(loads)}"]
+    for part in parts:
+        cells = [f"{shares[part]:.0%}" if part in shares else "" for shares in loads.values()]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    lines += ["", "| graph | largest operators, share of the time of its kernels |", "| --- | --- |"]
+    for graph, shares in profile["operators"].items():
+        lines.append(f"| {graph} | {', '.join(f'{name} {share:.0%}' for name, share in shares.items())} |")
+    memory = profile["memory_mb"]
+    parts_of_memory = ", ".join(f"{name} {size:.0f}" for name, size in memory.items())
+    return "\n".join([*lines, "", f"Resident memory of a process, {sum(memory.values()):.0f} MB: {parts_of_memory}."])
+
+
 def composed_limits(content: Content) -> dict[str, float]:
     """Return the throughput of a server that does the work of the no-op route and then that of parsing and encoding without a
     server, one after the other on one core, for each row of throughput: in batches of 32, and of one row at 1 connection."""
@@ -169,6 +195,30 @@ def composed_limits(content: Content) -> dict[str, float]:
         if work in inside and not math.isnan(noop):
             limits[name] = 1 / (1 / noop + 1 / float(np.median(inside[work])))
     return limits
+
+
+def request_table(content: Content) -> list[str]:
+    """Return the lines of the table of Concord's time for each request, and of its parts as other rows measure them; none if
+    one of these was not measured."""
+    rounds: Rounds = content["rounds"]
+    limits = composed_limits(content)
+    lines = [
+        "",
+        "Concord's microseconds for each request (1 / throughput). The rest is what the service adds: options and items, "
+        "admission control, queue, scheduler, change of threads, metrics, response. It is negative where Concord skips "
+        "encoders that the loop without a server runs:",
+        "",
+        "| | in all | no-op route | parsing and encoding without a server | rest |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    titles = _titles(rounds[CONCORD.name][0])
+    names = [name for name in titles if re.fullmatch(r"(word_)?rps_\d+", name) and name in limits]
+    for name in names:
+        total, noop = 1e6 / median(rounds, CONCORD.name, name), 1e6 / median(rounds, NOOP.name, name)
+        work = 1e6 / limits[name] - noop
+        title = titles[name][0].removeprefix("requests/s, ")
+        lines.append(f"| {title} | {total:.0f} | {noop:.0f} | {work:.0f} | {total - noop - work:.0f} |")
+    return lines if names else []
 
 
 def variants_table(content: Content) -> list[str]:
@@ -413,5 +463,12 @@ def _titles(figures: Mapping[str, float]) -> dict[str, tuple[str, str]]:
     }
 
 
+def write_profile(profile: Content, document: Path = BENCHMARK_README) -> None:
+    """Write the generated section of the profiles."""
+    text = with_section(document.read_text(encoding="utf-8"), PROFILE_MARKER, profile_section(profile))
+    document.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
+    write_profile(json.loads(PROFILE.read_text()))
     write(json.loads(LATEST.read_text()))

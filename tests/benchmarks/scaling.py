@@ -64,7 +64,7 @@ def plot(points: Points, worker_rounds: Mapping[str, Sequence[Mapping[str, float
     if worker_rounds:
         points = {"workers": _worker_points(worker_rounds), **points}
         cores = max(figures.get("cores", figures["workers"]) for rounds in worker_rounds.values() for figures in rounds)
-        titles = {"workers": f"worker processes, {cores:.0f} cores", **titles}
+        titles = {"workers": f"worker processes, {cores:.0f} cores, 64 connections", **titles}
     labels = {
         "encode": "encode",
         "step": "encode and 1 step",
@@ -81,14 +81,14 @@ def plot(points: Points, worker_rounds: Mapping[str, Sequence[Mapping[str, float
                 throughput.plot([p["x"] for p in panel], [p[key] for p in panel], marker="o", markersize=3, label=label)
         memory.plot([p["x"] for p in panel], [p["resident_mb"] for p in panel], marker="o", markersize=3, color="tab:gray")
         if name == "workers":
-            throughput.set(ylim=(0, None))
+            throughput.set(ylim=(0, None), xticks=[p["x"] for p in panel])
         else:
             throughput.set(yscale="log")
         memory.set(xlabel=title, ylim=(0, None))
         if name in ("batch", "latent"):
             memory.set_xscale("log", base=2)
         throughput.legend(fontsize=8, frameon=False)
-    axes[0][0].set_ylabel("requests per second, 64 connections" if worker_rounds else "rows per second, 1 thread")
+    axes[0][0].set_ylabel("requests per second" if worker_rounds else "rows per second, 1 thread")
     axes[0][1 if worker_rounds else 0].set_ylabel("rows per second, 1 thread")
     axes[1][0].set_ylabel("resident memory, MB")
     file = folder / FIGURE

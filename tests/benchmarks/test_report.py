@@ -11,11 +11,14 @@ from tests.benchmarks.report import (
     BENCHMARK_MARKER,
     BENCHMARK_README,
     LATEST,
+    PROFILE,
+    PROFILE_MARKER,
     README,
     README_MARKER,
     Target,
     benchmark_section,
     performance_section,
+    profile_section,
     targets,
     write,
 )
@@ -144,6 +147,30 @@ def test_workers_table_shows_ratios_to_one_worker(content: dict[str, Any]) -> No
     assert {target.name: target for target in targets(content)}["throughput of 2 workers on 2 cores vs 1 on 1"].met
 
 
+def test_request_table_splits_the_time_of_a_request(content: dict[str, Any]) -> None:
+    cells = rows(benchmark_section(content))
+    assert cells["16 connections"] == ["3846", "10000", "10000", "-16154"]
+    assert cells["64 connections, a word"] == ["10000", "10000", "40000", "-40000"]
+
+
+def test_profile_section_shows_shares_operators_and_memory() -> None:
+    profile = {
+        "load_average": 0.5,
+        "loads": {"photo": {"ONNX Runtime": 0.5, "response": 0.25}, "word": {"response": 1.0}},
+        "operators": {"encoder": {"Conv": 0.6, "Gemm": 0.2}},
+        "memory_mb": {"Python": 90.0, "bundle": 60.0},
+    }
+    text = profile_section(profile)
+    cells = rows(text)
+    assert cells["share of samples"] == ["photo", "word"]
+    assert cells["ONNX Runtime"] == ["50%", ""]
+    assert cells["response"] == ["25%", "100%"]
+    assert cells["encoder"] == ["Conv 60%, Gemm 20%"]
+    assert "150 MB: Python 90, bundle 60." in text
+    assert "load average" not in text
+    assert "load average was 9" in profile_section({**profile, "load_average": 9.0})
+
+
 def test_variants_table_has_all_variants_and_marks_the_chosen_one(content: dict[str, Any]) -> None:
     figures = [dict(FIGURES), {**FIGURES, "rps_16": 300.0}]
     content["variants"] = {
@@ -242,7 +269,9 @@ def test_published_sections_equal_the_committed_results() -> None:
     latest = json.loads(LATEST.read_text())
     remedy = "run: .venv/bin/python -m tests.benchmarks.report"
     assert section(README.read_text(encoding="utf-8"), README_MARKER) == performance_section(latest), remedy
-    assert section(BENCHMARK_README.read_text(encoding="utf-8"), BENCHMARK_MARKER) == benchmark_section(latest), remedy
+    document = BENCHMARK_README.read_text(encoding="utf-8")
+    assert section(document, BENCHMARK_MARKER) == benchmark_section(latest), remedy
+    assert section(document, PROFILE_MARKER) == profile_section(json.loads(PROFILE.read_text())), remedy
 
 
 def test_published_performance_table_has_at_most_five_rows() -> None:
