@@ -91,6 +91,7 @@ def main(loads: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(
     if not loads:
         content["memory_mb"] = run_loop("memory", 0)
         content["operators"] = run_loop("operators", 1.0)
+    content["loads"] = {name: content["loads"][name] for name in LOADS if name in content["loads"]}
     FILE.write_text(json.dumps(content, indent=1) + "\n")
 
 
