@@ -35,8 +35,8 @@ report: $(VENV)/.dev-$(ORT) openapi
 	$(BIN)/python -m tests.tools.documents
 	$(BIN)/python -m tests.benchmarks.report
 
-# The service next to LitServe, BentoML, MLServer, plain FastAPI and its own graphs: half an hour on an idle machine with two
-# cores; writes tests/benchmarks/README.md. make bench QUICK=1 takes minutes and only prints the table.
+# The service next to LitServe, BentoML, MLServer, plain FastAPI and its own graphs: an hour on an idle machine with two
+# cores; writes tests/benchmarks/README.md. make bench QUICK=1 takes 10 minutes and only prints the table.
 QUICK ?=
 ROUNDS ?=
 bench: $(VENV)/.dev-$(ORT)
@@ -63,9 +63,9 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-an
 	--no-emit-package concord-mvae --python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock'
 lock: $(VENV)/.release
 	echo setuptools | $(UV_COMPILE) - --output-file docker/requirements-build.txt
-	$(UV_COMPILE) pyproject.toml --extra cpu --extra otel --output-file docker/requirements-cpu.txt
-	$(UV_COMPILE) pyproject.toml --extra gpu --extra otel --output-file docker/requirements-gpu.txt
-	$(UV_COMPILE) pyproject.toml --extra cpu --extra train --output-file docker/requirements-training.txt
+	$(UV_COMPILE) pyproject.toml --extra cpu --extra audio --extra otel --output-file docker/requirements-cpu.txt
+	$(UV_COMPILE) pyproject.toml --extra gpu --extra audio --extra otel --output-file docker/requirements-gpu.txt
+	$(UV_COMPILE) pyproject.toml --extra cpu --extra audio --extra train --output-file docker/requirements-training.txt
 
 # The packages of each image, as CycloneDX, in dist/.
 sbom: $(VENV)/.release

@@ -36,6 +36,15 @@ class RequestState:
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+def header(scope: Mapping[str, Any], name: bytes, default: str = "") -> str:
+    """The request's first header of this name. Several times as fast as starlette's Headers.
+
+    Args:
+        name: in lower case.
+    """
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), default)
+
+
 def attach(scope: MutableMapping[str, Any], state: RequestState) -> None:
     """Make ``state`` that of the request with this scope."""
     scope.setdefault("state", {})[KEY] = state

@@ -1,5 +1,6 @@
 """A bundle in ONNX Runtime: encode, refine, sample and decode NumPy arrays, without torch."""
 
+import functools
 import io
 import logging
 from collections import Counter
@@ -388,7 +389,10 @@ class Runtime:
         options.inter_op_num_threads = 1
         # On a CPU, where batches have any size, the plans for all sizes together would keep more memory and save no time.
         options.enable_mem_pattern = not self.device.is_cpu
-        if not self.device.is_cpu:
+        if self.device.is_cpu:
+            _register_shared_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        else:
             options.log_severity_level = ERRORS
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for ``nodes_by_provider``
@@ -507,6 +511,17 @@ class Runtime:
             self.warm_up(1)
         except Exception as error:
             raise CudaError(f"the graphs open on {self.device} and do not run there ({error})") from error
+
+
+@functools.cache
+def _register_shared_arena() -> None:
+    """Register one memory arena for all graphs of this process. Otherwise each graph keeps what it needed at most, and they
+    run one after the other."""
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    strategy = {"arena_extend_strategy": 1}  # by what is requested, not by powers of two
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(strategy))
 
 
 def _require_finite(posterior: Posterior) -> Posterior:

@@ -17,6 +17,9 @@ from concord.model.runtime.skip_absent import PRESENT, input_dependencies
 NOISE = "noise"
 MAX_WEIGHT_BYTES = 1 << 30
 """Largest weights that are moved into a graph. Protocol Buffers can hold twice that."""
+CONVOLUTION_AXES = 3
+"""Fewest axes of the weights of a convolution. ONNX Runtime changes their layout, for a faster kernel, only where they are
+constants of the same branch. All others stay outside: it keeps those of a branch three times."""
 
 _Shapes = Mapping[str, list[str | int]]
 
@@ -26,8 +29,7 @@ def branch_absent(content: bytes, weights: bytes, modalities: Sequence[str]) -> 
 
     Args:
         content: an ONNX graph with one input per modality, ``present`` (batch, modality) and ``noise`` (batch, sample, latent).
-        weights: content of the file that holds the graph's external tensors. They move into the graph, because ONNX Runtime
-            does not load external tensors of a branch.
+        weights: content of the file that holds the graph's external tensors. Those of convolutions move into the branches.
         modalities: names of their inputs in the order of the columns of ``present``.
 
     Returns:
@@ -40,7 +42,8 @@ def branch_absent(content: bytes, weights: bytes, modalities: Sequence[str]) -> 
     graph = model.graph
     shapes = _infer_shapes(model)
     _take_sizes_from_noise(graph, shapes)
-    owners = _owning_modalities(graph, modalities)
+    convolutions = {tensor.name for tensor in graph.initializer if len(tensor.dims) >= CONVOLUTION_AXES}
+    owners = _owning_modalities(graph, modalities, convolutions)
     consumers = _consumers(graph)
     graph_outputs = {value.name for value in graph.output}
     branch_outputs = {
@@ -59,13 +62,14 @@ def branch_absent(content: bytes, weights: bytes, modalities: Sequence[str]) -> 
         for tensor in outputs
     ):
         return content
-    branch_initializers = {  # initializers that only one modality uses
-        tensor.name: next(iter(users))
-        for tensor in graph.initializer
-        if len(users := {owners.get(consumer) for consumer in consumers.get(tensor.name, ())}) == 1 and None not in users
+    branch_initializers = {  # weights of convolutions that only one modality uses
+        name: next(iter(users))
+        for name in convolutions
+        if len(users := {owners.get(consumer) for consumer in consumers.get(name, ())}) == 1 and None not in users
     }
     for tensor in graph.initializer:
-        _inline_weights(tensor, weights)
+        if tensor.name in branch_initializers:
+            _inline_weights(tensor, weights)
     nodes = [node for index, node in enumerate(graph.node) if index not in owners]
     nodes += [
         helper.make_node("Cast", [PRESENT], [f"{PRESENT}/int"], to=onnx.TensorProto.INT32),
@@ -112,16 +116,20 @@ def _take_sizes_from_noise(graph: onnx.GraphProto, shapes: _Shapes) -> None:
             node.attribute.extend([helper.make_attribute("start", 0), helper.make_attribute("end", len(axes))])
 
 
-def _owning_modalities(graph: onnx.GraphProto, modalities: Sequence[str]) -> dict[int, str]:
+def _owning_modalities(graph: onnx.GraphProto, modalities: Sequence[str], convolutions: set[str]) -> dict[int, str]:
     """The modality of each node, by node index, that belongs to exactly one: the node depends on this modality and no other, or
-    it depends on none and only nodes of this modality read it."""
-    origins = {tensor: inputs & frozenset(modalities) for tensor, inputs in input_dependencies(graph).items()}
+    it depends on none and only nodes of this modality read it. A node that reads constants only, such as a transposed weight,
+    belongs to none, so that ONNX Runtime computes it once. Those that read ``convolutions`` stay next to them."""
+    dependencies = input_dependencies(graph)
+    origins = {tensor: inputs & frozenset(modalities) for tensor, inputs in dependencies.items()}
     owners: dict[int, str] = {}
     for index, node in enumerate(graph.node):
         if len(inputs := origins[node.output[0]]) == 1:
             (owners[index],) = inputs
     consumers = _consumers(graph)
     for index, node in reversed(list(enumerate(graph.node))):
+        if not dependencies[node.output[0]] and convolutions.isdisjoint(node.input):
+            continue
         users = {owners.get(consumer) for tensor in node.output for consumer in consumers.get(tensor, ())}
         if not origins[node.output[0]] and len(users) == 1 and (name := users.pop()) is not None:
             owners[index] = name

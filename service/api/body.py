@@ -10,6 +10,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from concord.service.errors import Problem
+from concord.service.request_state import header
 
 MAX_PARTS = 64
 OPTIONS_PART = "options"
@@ -46,31 +47,33 @@ async def read(request: Request, limit: int) -> bytes | Form:
     Raises:
         Problem: 400, 413 or 415.
     """
-    if _media_type(request) == "multipart/form-data":
+    media_type = _media_type(request)
+    if media_type == "multipart/form-data":
         return await _read_form(request, limit)
-    return await read_json(request, "application/json, or multipart/form-data with a part per modality")
+    return await read_json(request, "application/json, or multipart/form-data with a part per modality", media_type)
 
 
-async def read_json(request: Request, accepted: str = "application/json") -> bytes:
+async def read_json(request: Request, accepted: str = "application/json", media_type: str | None = None) -> bytes:
     """The body, declared as JSON and not yet parsed.
 
     Args:
         accepted: media types of this route, for the error message.
+        media_type: of the body, if it is known.
 
     Raises:
         Problem: 413 or 415.
     """
-    media_type = _media_type(request)
+    media_type = _media_type(request) if media_type is None else media_type
     if media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json")):
         return await request.body()
     raise Problem("unsupported_media_type", f"content type {media_type[:64]!r} is not accepted: send {accepted}")
 
 
 def _media_type(request: Request) -> str:
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    encoding = header(request.scope, b"content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise Problem("unsupported_media_type", f"content encoding {encoding[:32]!r} is not accepted: send the body unencoded")
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return header(request.scope, b"content-type").partition(";")[0].strip().lower()
 
 
 async def _read_form(request: Request, limit: int) -> Form:

@@ -192,7 +192,7 @@ def _describe_headers(operation: dict[str, Any]) -> None:
         operation["responses"][status]["headers"] = {
             name: {"description": meaning, "schema": {"type": "integer"}} for name, meaning in units.items()
         }
-    assert TIMEOUT_HEADER == "x-request-timeout-ms"
+    assert TIMEOUT_HEADER == b"x-request-timeout-ms"
 
 
 def _query_options(properties: dict[str, Any], schemas: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -280,10 +280,14 @@ class RequestParser:
         }
         return frozenset(enlarged | {m.name for m in self.modalities if isinstance(m, AudioModality)})
 
+    @cached_property
+    def _inline_limits(self) -> codec.Limits:
+        return replace(self.limits, image_pixels=min(INLINE_PIXELS, self.limits.image_pixels))
+
     def _parse_inline(self, values: Sequence[object], pointer: str) -> list[ParsedItem | RejectedItem]:
         if len(values) > INLINE_ITEMS or any(isinstance(value, dict) and self._slow & value.keys() for value in values):
             raise WouldBlock
-        limits = replace(self.limits, image_pixels=min(INLINE_PIXELS, self.limits.image_pixels))
+        limits = self._inline_limits
         items = [self._parse_item(index, value, f"{pointer}/{index}", limits) for index, value in enumerate(values)]
         for item in items:
             if isinstance(item, RejectedItem) and any(fault.code == "too_large" for fault in item.problem.faults):

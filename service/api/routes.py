@@ -27,10 +27,10 @@ from concord.service.inference.jobs import (
 )
 from concord.service.inference.registry import ModelRegistry, UnknownModel
 from concord.service.inference.served_model import ServedModel
-from concord.service.request_state import state_of
+from concord.service.request_state import header, state_of
 from concord.service.settings import Settings
 
-TIMEOUT_HEADER = "x-request-timeout-ms"
+TIMEOUT_HEADER = b"x-request-timeout-ms"
 NO_REFINEMENT = RefinementLimits()
 DEADLINE_SHARE = 0.9
 """Refinement with a budget ends when this share of the deadline is spent: what follows takes time too."""
@@ -177,12 +177,12 @@ class deadline:  # noqa: N801 - a context manager
     def __init__(self, request: Request) -> None:
         settings: Settings = request.app.state.settings
         self._limit = settings.request_timeout_ms
-        header = request.headers.get(TIMEOUT_HEADER)
-        if header is not None:
-            if not (header.isascii() and header.isdigit() and int(header[:16]) > 0):
-                detail = f"X-Request-Timeout-Ms must be a positive whole number, received {header[:32]!r}"
+        if any(name == TIMEOUT_HEADER for name, _ in request.scope["headers"]):
+            requested = header(request.scope, TIMEOUT_HEADER)
+            if not (requested.isascii() and requested.isdigit() and int(requested[:16]) > 0):
+                detail = f"X-Request-Timeout-Ms must be a positive whole number, received {requested[:32]!r}"
                 raise Problem("invalid_value", detail)
-            self._limit = min(self._limit, int(header[:16]))
+            self._limit = min(self._limit, int(requested[:16]))
         self._timeout = asyncio.timeout(self._limit / 1000)
 
     async def __aenter__(self) -> float:

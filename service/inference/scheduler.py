@@ -18,9 +18,9 @@ from concord.service.inference.jobs import InferenceJob, InferenceResult, Refine
 from concord.service.inference.refinement import RefinementState, Stream, antithetic, noise, token_noise
 
 RECOVERY_SECONDS = 60.0
-TICK_SECONDS = 0.002
-"""Longest refinement step while rows without refinement arrive, since they wait until it ends. For the CPU, where time grows
-with the number of rows; a GPU takes as long for one row as for many."""
+TICK_SECONDS = 0.001
+"""Longest refinement step while rows without refinement arrive, since they wait until it ends; of one row if that takes longer.
+For the CPU, where two photos take as long together as one after the other; a GPU takes as long for one row as for many."""
 PRIORITY_SECONDS = 1.0
 """After a row without refinement, more of them are expected for this long."""
 

@@ -1,9 +1,14 @@
 """Prometheus metrics of one app."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, ProcessCollector, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -11,6 +16,71 @@ _NATS = (0, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 MAX_EXPECTED_MODALITIES = 6
 """63 subsets. With more modalities a subset has a series from its first item on."""
+
+
+class Series:
+    """Counts of one histogram with certain labels.
+
+    Args:
+        bounds: upper bounds of the buckets, ascending.
+    """
+
+    __slots__ = ("_bounds", "_counts", "_lock", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+        self._lock = threading.Lock()
+
+    def observe(self, value: float) -> None:
+        with self._lock:
+            self._counts[bisect_left(self._bounds, value)] += 1
+            self._sum += value
+
+    def collect(self) -> tuple[list[tuple[str, float]], float]:
+        """The cumulative counts by upper bound, as Prometheus writes it, and the sum of the values."""
+        with self._lock:
+            counts, total = list(itertools.accumulate(self._counts)), self._sum
+        return list(zip([*map(floatToGoString, self._bounds), "+Inf"], counts, strict=True)), total
+
+
+class Histogram(Collector):
+    """A histogram of Prometheus. One observation takes 0.4 µs; it takes 2 µs with that of prometheus_client, and a request has
+    seven.
+
+    Args:
+        labels: names.
+        buckets: upper bounds, ascending.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        labels: Sequence[str] = (),
+        *,
+        buckets: Sequence[float],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._described = name, documentation
+        self._names = labels
+        self._buckets = buckets
+        self._series: dict[tuple[str, ...], Series] = {}
+        if not labels:
+            self.labels()
+        registry.register(self)
+
+    def labels(self, *values: object) -> Series:
+        """The series with these labels, made at the first call."""
+        key = tuple(map(str, values))
+        return self._series.setdefault(key, Series(self._buckets))
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(*self._described, labels=self._names)
+        for values, series in list(self._series.items()):
+            family.add_metric(values, *series.collect())
+        yield family
 
 
 class Metrics:
@@ -22,8 +92,8 @@ class Metrics:
 
     def __init__(self, build: dict[str, str]) -> None:
         self.registry = registry = CollectorRegistry()
-        self._durations: dict[tuple[str, int], Histogram] = {}  # found faster than by ``labels``
-        self._stages: dict[str, Histogram] = {}
+        self._durations: dict[tuple[str, int], Series] = {}  # found faster than by ``labels``
+        self._stages: dict[str, Series] = {}
         self._items: dict[str, Counter] = {}
         ProcessCollector(registry=registry)
         self.duration = Histogram(
@@ -33,7 +103,10 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.in_flight = Gauge("concord_requests_in_flight", "Requests without a response yet.", registry=registry)
+        self.in_flight = 0
+        """Requests without a response yet. A number of the event loop: counting in a gauge takes 4 µs for each request."""
+        in_flight = Gauge("concord_requests_in_flight", "Requests without a response yet.", registry=registry)
+        in_flight.set_function(lambda: self.in_flight)
         self.rejections = Counter(
             "concord_rejections",
             "Requests and items without a result, by the code of the error.",
@@ -50,14 +123,14 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.waits = Histogram(
-            "concord_queue_wait_seconds", "Time of an item in the queue.", buckets=_SECONDS, registry=registry
-        )
-        self.batches = Histogram("concord_batch_size", "Items in one run of a graph.", buckets=_COUNTS, registry=registry)
-        self.steps = Histogram("concord_refine_steps", "Refinement steps of an item.", buckets=_COUNTS, registry=registry)
-        self.gain = Histogram(
-            "concord_refine_gain_nats", "Objective of an item after refinement minus before.", buckets=_NATS, registry=registry
-        )
+
+        def histogram(name: str, documentation: str, buckets: Sequence[float]) -> Series:
+            return Histogram(name, documentation, buckets=buckets, registry=registry).labels()
+
+        self.waits = histogram("concord_queue_wait_seconds", "Time of an item in the queue.", _SECONDS)
+        self.batches = histogram("concord_batch_size", "Items in one run of a graph.", _COUNTS)
+        self.steps = histogram("concord_refine_steps", "Refinement steps of an item.", _COUNTS)
+        self.gain = histogram("concord_refine_gain_nats", "Objective of an item after refinement minus before.", _NATS)
         self.stops = Counter(
             "concord_refine_stops", "Finished refinements, by the reason for the last step.", ("reason",), registry=registry
         )

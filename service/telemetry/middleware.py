@@ -1,11 +1,13 @@
 """The outermost middleware: request ids, durations, traces, and a response to every unexpected error."""
 
 import asyncio
+import logging
 import random
 import re
 import time
 import traceback
 from collections.abc import Callable, Collection
+from functools import cached_property
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -56,6 +58,11 @@ class Telemetry:
         self._last_client: object = None
         self._in_a_row = 0
 
+    @cached_property
+    def _logs_success(self) -> bool:
+        """Known at the first response, when logging is configured: a line that the log discards takes 10 µs."""
+        return bool(log.bind().is_enabled_for(logging.DEBUG))
+
     def _is_alone(self, client: object) -> bool:
         self._in_a_row = self._in_a_row + 1 if client == self._last_client else 0
         self._last_client = client
@@ -92,25 +99,27 @@ class Telemetry:
                 self._record(scope, status, time.perf_counter() - started)
             await send(message)
 
-        with self.metrics.in_flight.track_inprogress():
-            try:
-                await self.app(scope, receive, observed)
-            except asyncio.CancelledError:
-                # Not raised again: the task ends here, and uvicorn would log it as an error.
-                if state.client_gone:
-                    state.error_code = "client_gone"
-                    if not status:
-                        self._record(scope, CODES["client_gone"][0], time.perf_counter() - started)
-                elif not status:
-                    stopping = Problem("not_ready", "the server is stopping: ask another one", retry_after_ms=1000)
-                    await respond(scope, stopping)(scope, receive, observed)
-            except Exception as error:
-                # The message may quote the request, so the log gets only the place.
-                log.error("request failed", request_id=state.request_id, error=type(error).__name__, at=_place(error))
-                if status:
-                    raise Interrupted from None
-                response = respond(scope, Problem("internal", "the server failed: report the request id"))
-                await response(scope, receive, observed)
+        self.metrics.in_flight += 1
+        try:
+            await self.app(scope, receive, observed)
+        except asyncio.CancelledError:
+            # Not raised again: the task ends here, and uvicorn would log it as an error.
+            if state.client_gone:
+                state.error_code = "client_gone"
+                if not status:
+                    self._record(scope, CODES["client_gone"][0], time.perf_counter() - started)
+            elif not status:
+                stopping = Problem("not_ready", "the server is stopping: ask another one", retry_after_ms=1000)
+                await respond(scope, stopping)(scope, receive, observed)
+        except Exception as error:
+            # The message may quote the request, so the log gets only the place.
+            log.error("request failed", request_id=state.request_id, error=type(error).__name__, at=_place(error))
+            if status:
+                raise Interrupted from None
+            response = respond(scope, Problem("internal", "the server failed: report the request id"))
+            await response(scope, receive, observed)
+        finally:
+            self.metrics.in_flight -= 1
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         known = scope["path"] if scope["path"] in self.routes else "unmatched"
@@ -119,6 +128,8 @@ class Telemetry:
         code = state.error_code
         self.metrics.responded(route, status, code, seconds)
         self.tracing.end(f"{scope['method']} {route}", state, status)
+        if status < 400 and not self._logs_success:
+            return
         fault = status >= 500 and code != "queue_full"  # overload is no fault, and comes in thousands
         write = log.debug if status < 400 else log.error if fault else log.info
         write(

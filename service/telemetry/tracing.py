@@ -39,10 +39,10 @@ class Tracing:
 
     def begin(self, traceparent: str, method: str) -> Span:
         """The span of a request, or that of its caller where none is recorded. An invalid header counts as none."""
-        context = _PROPAGATOR.extract({"traceparent": traceparent}, Context()) if traceparent else Context()
+        context = _PROPAGATOR.extract({"traceparent": traceparent}, Context()) if traceparent else None
         if self._tracer is None or method != "POST":
-            return trace.get_current_span(context)
-        return self._tracer.start_span(method, context=context, kind=SpanKind.SERVER)
+            return trace.INVALID_SPAN if context is None else trace.get_current_span(context)
+        return self._tracer.start_span(method, context=context or Context(), kind=SpanKind.SERVER)
 
     def end(self, name: str, state: RequestState, status: int) -> None:
         """Record the span and its stages, when the response begins."""

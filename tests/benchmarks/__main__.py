@@ -11,13 +11,15 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 import uvloop
 
@@ -26,21 +28,20 @@ from tests.benchmarks import overhead, report, scaling, workers
 from tests.benchmarks.items import photo_items, word_items
 from tests.benchmarks.plan import CONNECTIONS, FULL, QUICK, Plan
 from tests.benchmarks.process import GENERATOR_CORE, SERVER_CORE
-from tests.benchmarks.rounds import Figures, measure, measure_one_connection, saturate, verify_same_embeddings
-from tests.benchmarks.servers import COMPETITORS, CONCORD, PLAIN, SERVERS, Server
-from tests.support.traffic import Connections
+from tests.benchmarks.rounds import embeddings_of, measure, verify_same_embeddings
+from tests.benchmarks.servers import COMPETITORS, CONCORD, NOOP, SERVERS, Server
 
-Variants = dict[str, dict[str, str]]
-"""The settings of each server, by its name."""
+SHOWN = 100
+"""Characters of an error in the results, at its start and at its end."""
+Variant = Mapping[str, str]
+"""Settings of a server, as environment variables."""
 
 
 def main(
-    quick: Annotated[
-        bool, typer.Option(help="Take minutes instead of half an hour, and leave the documents as they are.")
-    ] = False,
+    quick: Annotated[bool, typer.Option(help="Take minutes instead of an hour, and leave the documents as they are.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds instead of 5, or of 1 with --quick.")] = None,
 ) -> None:
-    """Measure all servers, print the tables and write the results."""
+    """Measure all servers, print the tables and write the results. What fails is left out and named."""
     cores = sorted(os.sched_getaffinity(0))
     if not {SERVER_CORE, GENERATOR_CORE} <= {*cores}:
         raise SystemExit(
@@ -52,101 +53,121 @@ def main(
     plan = QUICK if quick else FULL
     plan = replace(plan, rounds=rounds or plan.rounds)
     began = time.monotonic()
-    for server in COMPETITORS:
-        server.interpreter()
-    if plan.scaling:
-        with _timed("bundles"):
-            scaling.export_bundles()
+    parts = Parts()
+    with parts.run("bundles of the scaling figure"):
+        scaling.export_bundles()
     content: dict[str, Any] = {
         "command": f"make bench{' QUICK=1' if quick else ''}{f' ROUNDS={rounds}' if rounds else ''}",
         "bundle": describe_bundle(),
         "machine": describe_machine(),
+        "failures": parts.failures,
+        "inside": {},
     }
-    with _timed("same embeddings"):
-        content["largest_difference"] = compare_embeddings()
-    with _timed("variants"):
-        chosen, chosen_for_one, content["variants"] = choose_variants(plan)
-    content["chosen"], content["chosen_for_one"] = chosen, chosen_for_one
-    content["rounds"] = run_rounds(plan, chosen, chosen_for_one)
-    with _timed("overhead"):
+    servers, content["largest_difference"] = same_servers(SERVERS, parts)
+    content["variants"] = run_rounds(servers, plan, parts)
+    content["chosen"] = {name: choose_variant(variants) for name, variants in content["variants"].items()}
+    content["rounds"] = {
+        name: next(entry["rounds"] for entry in variants if entry["variant"] == content["chosen"][name])
+        for name, variants in content["variants"].items()
+    }
+    if not content["rounds"][CONCORD.name]:
+        raise RuntimeError(f"no round has figures of Concord: {parts.failures}")
+    with parts.run("overhead"):
         content["inside"] = overhead.measure(plan)
-    with _timed("workers"):
+    with parts.run("workers"):
         content["workers"] = workers.measure(plan, cores)
-    if plan.scaling:
-        with _timed("scaling"):
-            content["scaling"] = scaling.measure(plan)
-    content["minutes"] = round((time.monotonic() - began) / 60, 1)
     report.RESULTS.mkdir(exist_ok=True)
+    with parts.run("scaling"):
+        content["scaling"] = scaling.measure(plan)
+    content["minutes"] = round((time.monotonic() - began) / 60, 1)
     file = report.RESULTS / "quick.json" if quick else report.LATEST
     file.write_text(json.dumps(content, indent=1) + "\n")
     if not quick:
-        scaling.plot(content["scaling"], report.RESULTS)
         report.write(content)
     print(report.benchmark_section(content))
 
 
-def compare_embeddings() -> float:
-    """Return the largest difference between the embeddings of any server and Concord's. The no-op route has none."""
-    with ExitStack() as stack:
-        running = {
-            server.name: (server, stack.enter_context(server.running(server.variants[0])))
-            for server in (CONCORD, PLAIN, *COMPETITORS)
-        }
-        return uvloop.run(verify_same_embeddings(running, [*photo_items()[:4], *word_items()[:2]]))
+class Parts:
+    """Runs the parts of the benchmark, so that a part that fails does not lose the others.
 
-
-def choose_variants(plan: Plan) -> tuple[Variants, Variants, dict[str, list[dict[str, Any]]]]:
-    """Measure every variant of the competitors and of plain FastAPI.
-
-    Returns:
-        the variant of each server with the highest geometric mean of the throughputs at 16 and 64 connections; the variant with
-        the highest throughput at 1 connection, of those that batch, or of all if the server does not batch; and the throughputs
-        of all variants.
+    Attributes:
+        failures: a line for each part that failed.
     """
-    chosen: Variants = {server.name: dict(server.variants[0]) for server in SERVERS}
-    chosen_for_one = dict(chosen)
-    measured: dict[str, list[dict[str, Any]]] = {}
-    if not plan.tune:
-        return chosen, chosen_for_one, measured
-    for server in (*COMPETITORS, PLAIN):
-        variants = measured[server.name] = []
-        for variant in server.variants:
-            with server.running(variant) as process:
-                rates = uvloop.run(_saturate(server, process.port, plan.tune))
-            variants.append({"variant": dict(variant), **{name: round(rate, 1) for name, rate in rates.items()}})
-        fastest = max(variants, key=lambda entry: math.prod(entry[f"rps_{clients}"] for clients in CONNECTIONS[1:]))
-        batching = [entry for entry in variants if int(entry["variant"].get("BATCH", "2")) > 1]
-        chosen[server.name] = fastest["variant"]
-        chosen_for_one[server.name] = max(batching, key=lambda entry: float(entry["rps_1"]))["variant"]
-    return chosen, chosen_for_one, measured
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    @contextmanager
+    def run(self, name: str) -> Iterator[None]:
+        """Log the duration of the context to stderr. An error ends the context and is added to ``failures``."""
+        began = time.monotonic()
+        try:
+            yield
+        except Exception as error:  # of other people's servers
+            output = (
+                f" {error.stderr.decode(errors='replace')}" if isinstance(error, CalledProcessError) and error.stderr else ""
+            )
+            reason = " ".join(f"{type(error).__name__}: {error}{output}".split())
+            shown = reason if len(reason) <= 2 * SHOWN else f"{reason[:SHOWN]} … {reason[-SHOWN:]}"
+            self.failures.append(f"{name}: {shown}")
+            print(f"{name} failed: {reason}", file=sys.stderr, flush=True)
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
-async def _saturate(server: Server, port: int, seconds: float) -> Figures:
-    requests = server.requests(photo_items())
-    async with Connections(port) as connections:
-        await saturate(connections, requests, seconds / 3)
-        return await saturate(connections, requests, seconds)
+def same_servers(servers: Sequence[Server], parts: Parts) -> tuple[list[Server], float]:
+    """Return the servers that start and whose embeddings are Concord's, and the largest difference. The no-op route has none.
 
-
-def run_rounds(plan: Plan, chosen: Variants, chosen_for_one: Variants) -> dict[str, list[Figures]]:
-    """Return the figures of each server in each round.
-
-    The rounds are interleaved: each measures all servers, and starts with another one. Figures at one connection are those of
-    ``chosen_for_one``.
+    Raises:
+        RuntimeError: Concord does not start.
     """
-    rounds: dict[str, list[Figures]] = {server.name: [] for server in SERVERS}
+    items = [*photo_items()[:4], *word_items()[:2]]
+    same: list[Server] = []
+    largest, reference = 0.0, None
+    for server in servers:
+        with parts.run(f"{server.title}: same embeddings"), server.running(server.variants[0]) as process:
+            if server.name != NOOP.name:
+                embeddings = uvloop.run(embeddings_of(server, process.port, items))
+                reference = embeddings if reference is None else reference
+                largest = max(largest, verify_same_embeddings(embeddings, reference))
+            same.append(server)
+        if server.name == CONCORD.name and reference is None:
+            raise RuntimeError(f"Concord does not start: {parts.failures}")
+    return same, largest
+
+
+def run_rounds(servers: Sequence[Server], plan: Plan, parts: Parts) -> dict[str, list[dict[str, Any]]]:
+    """Return each variant of each server, with its figures in each round that it did not fail.
+
+    The rounds are interleaved: each measures every variant of every server, and starts with another one.
+    """
+    variants: dict[str, list[dict[str, Any]]] = {
+        server.name: [{"variant": dict(variant), "rounds": []} for variant in server.variants] for server in servers
+    }
+    runs = [(server, entry) for server in servers for entry in variants[server.name]]
     for number in range(plan.rounds):
-        first = number % len(SERVERS)
-        for server in SERVERS[first:] + SERVERS[:first]:
-            name = server.name
-            with _timed(f"round {number + 1}: {server.title}"):
-                with server.running(chosen[name]) as process:
-                    figures = uvloop.run(measure(server, process, plan, photo_items(), word_items()))
-                if chosen_for_one[name] != chosen[name]:
-                    with server.running(chosen_for_one[name]) as process:
-                        figures |= uvloop.run(measure_one_connection(server, process, plan, photo_items()))
-                rounds[name].append(figures)
-    return rounds
+        first = number * len(runs) // plan.rounds
+        for server, entry in runs[first:] + runs[:first]:
+            name = f"round {number + 1}: {server.title} {' '.join(f'{key}={value}' for key, value in entry['variant'].items())}"
+            with parts.run(name.rstrip()), server.running(entry["variant"]) as process:
+                entry["rounds"].append(uvloop.run(measure(server, process, plan, photo_items(), word_items())))
+    return variants
+
+
+def choose_variant(variants: Sequence[Mapping[str, Any]]) -> Variant:
+    """Return the variant with the highest geometric mean of the throughputs at 16 and 64 connections, medians of its rounds.
+
+    Args:
+        variants: of one server. One that failed in a round is chosen only if all did.
+    """
+    most = max(len(entry["rounds"]) for entry in variants)
+
+    def throughput(entry: Mapping[str, Any]) -> float:
+        if not most or len(entry["rounds"]) < most:
+            return 0.0
+        return math.prod(float(np.median([figures[f"rps_{n}"] for figures in entry["rounds"]])) for n in CONNECTIONS[1:])
+
+    chosen: Variant = max(variants, key=throughput)["variant"]
+    return chosen
 
 
 def describe_bundle() -> dict[str, str]:
@@ -168,14 +189,6 @@ def describe_machine() -> dict[str, Any]:
         "competitors": [package for server in COMPETITORS for package in server.packages],
         "threads": 1,
     }
-
-
-@contextmanager
-def _timed(name: str) -> Iterator[None]:
-    """Log the duration of the context to stderr."""
-    began = time.monotonic()
-    yield
-    print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import orjson
 from onnx import helper
 
@@ -191,6 +194,66 @@ def scaling_point(seconds: float, folder: str, rows: str, *steps: str) -> dict[s
     return {"rows_per_s": rates, "resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
+def memory(_: float) -> dict[str, float]:
+    """Return the resident memory in MB that each part of the start of a service adds."""
+    added: dict[str, float] = {}
+    before = 0.0
+
+    def measure(name: str) -> None:
+        nonlocal before
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        now = pages * resource.getpagesize() / 2**20
+        added[name], before = round(now - before, 1), now
+
+    measure("Python, NumPy, ONNX Runtime, onnx")
+    from concord.service.cli import bound_heap, create_app, freeze_heap  # noqa: PLC0415
+    from concord.service.settings import Settings  # noqa: PLC0415
+
+    measure("web server and service")
+    bound_heap()
+    app = create_app(Settings(threads=1))
+    freeze_heap()
+    measure("bundle")
+    (model,) = app.state.registry.models
+    for rows in model.runtime.batch_sizes:
+        model.runtime.warm_up(rows)
+    measure("largest batch")
+    return added
+
+
+def operators(seconds: float) -> dict[str, dict[str, float]]:
+    """Return the share of the largest operators in the time of the kernels: a refinement step of one complete row, and the
+    encoder for one and 32 photos."""
+    folder = tempfile.mkdtemp()
+
+    class Profiled(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.enable_profiling, self.profile_file_prefix = True, f"{folder}/profile"
+
+    onnxruntime.SessionOptions = Profiled
+    encoder = DigitsEncoder()
+    photos = [encoder.parse(photo_items()[number % 16]) for number in range(32)]
+
+    def kernels(run: Callable[[Runtime], Callable[[], Any]], file: str) -> dict[str, float]:
+        runtime = Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
+        seconds_per_call(run(runtime), seconds)
+        counts: Counter[str] = Counter()
+        for event in json.loads(Path(runtime._sessions[file].end_profiling()).read_text()):
+            name = event.get("args", {}).get("op_name")
+            if name != "If" and event["name"].endswith("_kernel_time"):  # what runs in a branch is counted there
+                counts[name] += event["dur"]
+        total = sum(counts.values())
+        return {name: round(count / total, 3) for name, count in counts.most_common(6)}
+
+    def encode(rows: int) -> dict[str, float]:
+        arguments = collate(encoder.modalities, photos[:rows])
+        return kernels(lambda runtime: partial(runtime.encode, *arguments), "encode.onnx")
+
+    step = kernels(lambda runtime: runtime.blank_step(1), "refine.onnx")
+    return {"refinement step, 1 row": step, "encoder, 1 photo": encode(1), "encoder, 32 photos": encode(32)}
+
+
 def bulk_items() -> list[dict[str, str]]:
     """Return 32 photos."""
     return [dict(photo_items()[number % len(photo_items())]) for number in range(32)]
@@ -220,7 +283,8 @@ def _refine_arguments(runtime: Runtime, rows: int) -> tuple[dict[str, Any], Any,
 
 
 FUNCTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    function.__name__: function for function in (encode_rates, refine_steps, refinement_tick, refine_with_torch, scaling_point)
+    function.__name__: function
+    for function in (encode_rates, refine_steps, refinement_tick, refine_with_torch, scaling_point, memory, operators)
 }
 
 if __name__ == "__main__":

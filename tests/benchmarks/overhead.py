@@ -72,12 +72,12 @@ def _service_figures(plan: Plan) -> Measurement:
             for rows in (1, 32):
                 seconds = {}
                 for steps in (0, STEPS):
-                    request = _complete_request(rows, steps)
+                    request = complete_request(rows, steps)
                     await sequential(connections, [request], plan.warmup)
                     seconds[steps] = _median_seconds(await sequential(connections, [request], plan.probe))
                 # n steps evaluate the objective n + 1 times.
                 figures[f"step_{rows}_ms"] = 1000 * (seconds[STEPS] - seconds[0]) / (STEPS + 1)
-            responses = await sequential(connections, [_complete_request(1, 4)], plan.probe)
+            responses = await sequential(connections, [complete_request(1, 4)], plan.probe)
             figures["four_steps_ms"] = 1000 * float(np.mean([response.seconds for response in responses]))
             return figures
 
@@ -94,7 +94,7 @@ def _mixed_load_figures(plan: Plan) -> Figures:
     def mixed_load(name: str, share: float) -> Measurement:
         async def measure_mixed(port: int) -> Figures:
             async with Connections(port) as connections:
-                plain, refined = CONCORD.requests(photo_items()), [_photo_request(number, 20) for number in range(16)]
+                plain, refined = CONCORD.requests(photo_items()), [photo_request(number, 20) for number in range(16)]
                 await closed_loop(connections, [*plain, *refined], 8, plan.warmup)
                 responses = await send_mixed(connections, plain, refined, share, plan.open_loop)
             assert all(response.status == 200 for response in responses), name
@@ -128,11 +128,11 @@ async def send_mixed(
     return (await asyncio.gather(*loads))[0]
 
 
-def _photo_request(number: int, steps: int) -> bytes:
+def photo_request(number: int, steps: int) -> bytes:
     return post("/embed", {"inputs": [dict(photo_items()[number])], "refine": {"steps": steps}})
 
 
-def _complete_request(rows: int, steps: int) -> bytes:
+def complete_request(rows: int, steps: int) -> bytes:
     """Return a request whose rows have every modality. The codec converts the photo to the size and colours of ``digit``."""
     photos = [photo_items()[number % 16] for number in range(rows)]
     items = [{**photo, "digit": photo["photo"], "word": "seven"} for photo in photos]

@@ -59,6 +59,10 @@ class Process:
         self._known |= found
         return sorted(found)
 
+    def main_process_id(self) -> int:
+        """Return the id of the first process: taskset becomes the server."""
+        return self._root.pid
+
     def cpu_seconds(self) -> float:
         """Return the user and system time of all processes so far."""
         return sum(sum(map(int, _stat(pid)[11:13])) for pid in self.process_ids()) / _TICKS_PER_SECOND

@@ -1,14 +1,14 @@
 """The measurements of one server in one round: closed loops, open loops, processor time and memory."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from tests.benchmarks import wrk
 from tests.benchmarks.plan import CONNECTIONS, LIMIT_MS, Plan
 from tests.benchmarks.process import GENERATOR_CORE, Process
-from tests.benchmarks.servers import NOOP, Item, Server
+from tests.benchmarks.servers import NOOP, Embeddings, Item, Server
 from tests.support.traffic import Connections, TimedResponse, closed_loop, open_loop, quantiles
 
 Figures = dict[str, float]
@@ -43,15 +43,6 @@ async def measure(server: Server, process: Process, plan: Plan, photos: Sequence
             figures["goodput_rps"] = await goodput(connections, requests, saturation, plan.probe)
         figures["resident_mb"] = process.resident_bytes() / 2**20
     return figures
-
-
-async def measure_one_connection(server: Server, process: Process, plan: Plan, photos: Sequence[Item]) -> Figures:
-    """Return the figures of ``measure`` that use one connection."""
-    requests = server.requests(photos)
-    async with Connections(process.port) as connections:
-        await sequential(connections, requests, plan.warmup)
-        rate = await closed_loop(connections, requests, 1, plan.closed_loop)
-        return {"rps_1": rate, "p50_1_ms": quantiles(await sequential(connections, requests, plan.closed_loop))["p50"]}
 
 
 async def saturate(connections: Connections, requests: Sequence[bytes], seconds: float) -> Figures:
@@ -90,22 +81,27 @@ async def goodput(connections: Connections, requests: Sequence[bytes], saturatio
     return 0.0
 
 
-async def verify_same_embeddings(servers: Mapping[str, tuple[Server, Process]], items: Sequence[Item]) -> float:
-    """Return the largest absolute difference between the embeddings of any server and those of the first one.
+async def embeddings_of(server: Server, port: int, items: Sequence[Item]) -> Embeddings:
+    """Return the embeddings (items, latent) that a server computes.
 
     Raises:
-        AssertionError: the difference is above TOLERANCE, so the servers do not serve the same model, or a request fails.
+        AssertionError: a request fails.
     """
-    embeddings = {}
-    for name, (server, process) in servers.items():
-        async with Connections(process.port) as connections:
-            responses = [await connections.send(request) for request in server.requests(items)]
-        assert all(response.status == 200 for response in responses), f"{name}: {responses[0]}"
-        embeddings[name] = np.concatenate([server.parse_embeddings(response.body) for response in responses])
-    reference = next(iter(embeddings.values()))
-    differences = {name: float(np.abs(values - reference).max()) for name, values in embeddings.items()}
-    assert max(differences.values()) <= TOLERANCE, f"embeddings differ by more than {TOLERANCE}: {differences}"
-    return max(differences.values())
+    async with Connections(port) as connections:
+        responses = [await connections.send(request) for request in server.requests(items)]
+    assert all(response.status == 200 for response in responses), f"{server.title}: {responses[0]}"
+    return np.concatenate([server.parse_embeddings(response.body) for response in responses])
+
+
+def verify_same_embeddings(embeddings: Embeddings, reference: Embeddings) -> float:
+    """Return the largest absolute difference between the embeddings of two servers.
+
+    Raises:
+        AssertionError: it is above TOLERANCE, so the servers do not serve the same model.
+    """
+    difference = float(np.abs(embeddings - reference).max())
+    assert difference <= TOLERANCE, f"embeddings differ by {difference:.1e}, {TOLERANCE} is allowed"
+    return difference
 
 
 async def _cpu_seconds_per_1000(connections: Connections, process: Process, requests: Sequence[bytes], seconds: float) -> float:

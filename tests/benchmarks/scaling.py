@@ -1,10 +1,12 @@
-"""Throughput and memory against batch size, latent size, number of modalities and number of refinement steps."""
+"""Throughput and memory against worker processes, batch size, latent size, modalities and refinement steps."""
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from concord.model import bundle
 from tests.benchmarks.environments import FOLDER
@@ -41,8 +43,13 @@ def export_bundles() -> None:
         _untrained(latent=32, modalities=count)
 
 
-def plot(points: Points, folder: Path) -> Path:
-    """Plot throughput and memory, and return the file of the figure in ``folder``."""
+def plot(points: Points, worker_rounds: Mapping[str, Sequence[Mapping[str, float]]], folder: Path) -> Path:
+    """Plot throughput and memory, and return the file of the figure in ``folder``.
+
+    Args:
+        points: what ``measure`` returns.
+        worker_rounds: what ``workers.measure`` returns. Empty: the figure has no panel of them.
+    """
     import matplotlib as mpl  # noqa: PLC0415 - slow to import
 
     mpl.use("Agg")
@@ -54,25 +61,49 @@ def plot(points: Points, folder: Path) -> Path:
         "modalities": f"modalities, {ROWS} rows",
         "steps": f"refinement steps, {ROWS} rows",
     }
-    figure, axes = plt.subplots(2, len(titles), figsize=(13, 5.2), sharex="col", layout="constrained")
+    if worker_rounds:
+        points = {"workers": _worker_points(worker_rounds), **points}
+        cores = max(figures.get("cores", figures["workers"]) for rounds in worker_rounds.values() for figures in rounds)
+        titles = {"workers": f"worker processes, {cores:.0f} cores, 64 connections", **titles}
+    labels = {
+        "encode": "encode",
+        "step": "encode and 1 step",
+        "rows_per_s": "encode and all steps",
+        "photo_rps": "requests, a photo",
+        "word_rps": "requests, a word",
+    }
+    figure, axes = plt.subplots(2, len(titles), figsize=(3.25 * len(titles), 5.2), sharex="col", layout="constrained")
     for column, (name, title) in enumerate(titles.items()):
         panel = points[name]
         throughput, memory = axes[0][column], axes[1][column]
-        for key, label in (("encode", "encode"), ("step", "encode and 1 step"), ("rows_per_s", "encode and all steps")):
+        for key, label in labels.items():
             if key in panel[0]:
                 throughput.plot([p["x"] for p in panel], [p[key] for p in panel], marker="o", markersize=3, label=label)
         memory.plot([p["x"] for p in panel], [p["resident_mb"] for p in panel], marker="o", markersize=3, color="tab:gray")
-        throughput.set(yscale="log")
+        if name == "workers":
+            throughput.set(ylim=(0, None), xticks=[p["x"] for p in panel])
+        else:
+            throughput.set(yscale="log")
         memory.set(xlabel=title, ylim=(0, None))
         if name in ("batch", "latent"):
             memory.set_xscale("log", base=2)
         throughput.legend(fontsize=8, frameon=False)
-    axes[0][0].set_ylabel("rows per second, 1 thread")
-    axes[1][0].set_ylabel("largest resident memory, MB")
+    axes[0][0].set_ylabel("requests per second" if worker_rounds else "rows per second, 1 thread")
+    axes[0][1 if worker_rounds else 0].set_ylabel("rows per second, 1 thread")
+    axes[1][0].set_ylabel("resident memory, MB")
     file = folder / FIGURE
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
     return file
+
+
+def _worker_points(worker_rounds: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    """Return the medians of the rounds by number of workers."""
+    names = ("photo_rps", "word_rps", "resident_mb")
+    return [
+        {"x": int(count), **{name: float(np.median([figures[name] for figures in rounds])) for name in names}}
+        for count, rounds in worker_rounds.items()
+    ]
 
 
 def _point(x: float, folder: Path, rows: int, steps: Sequence[int], plan: Plan) -> dict[str, float]:

@@ -11,14 +11,18 @@ from tests.benchmarks.report import (
     BENCHMARK_MARKER,
     BENCHMARK_README,
     LATEST,
+    PROFILE,
+    PROFILE_MARKER,
     README,
     README_MARKER,
     Target,
     benchmark_section,
     performance_section,
+    profile_section,
     targets,
     write,
 )
+from tests.benchmarks.scaling import FIGURE
 from tests.benchmarks.servers import CONCORD, NOOP, PLAIN, SERVERS
 from tests.support.documents import section
 
@@ -100,15 +104,17 @@ def test_benchmark_section_cells_show_medians_spreads_and_ratios(content: dict[s
     assert cells["requests/s, 16 connections"][:2] == ["260 ± 190", "100 ± 0 (0.38)"]
     assert cells["p50 latency at 400 requests/s, ms"][1] == "1.0 ± 0.0 (1.00), 25% failed"
     assert cells["requests/s, 1 connection"][1] == "100 ± 0 (1.00)"
-    assert cells["goodput: requests/s with p99 ≤ 50 ms"][-2] == ""
+    assert cells["goodput: requests/s with p99 ≤ 50 ms"][-2] == "", "no figure of the no-op route"
     assert cells["requests/s, 1 connection"][-1] == "75 (Concord: 1.33)", "no-op 100, parsing and encoding 300"
     assert cells["requests/s, 16 connections"][-1] == "50 (Concord: 5.20)", "in batches 100"
     assert cells["requests/s, 64 connections, a word"][-1] == "20 (Concord: 5.00)"
+    assert cells["goodput: requests/s with p99 ≤ 50 ms"][-1] == "50 (Concord: 1.80)", "that of 64 connections"
     assert PLAIN.title in text
 
 
 def test_benchmark_section_names_machine_bundle_versions_settings_and_command(content: dict[str, Any]) -> None:
-    text = benchmark_section({**content, "chosen_for_one": content["chosen"], "scaling": {}})
+    content["failures"] = ["round 1: BentoML BATCH=1 WORKERS=2: NotStartedError: not ready"]
+    text = benchmark_section({**content, "scaling": {}})
     for part in (
         "`make bench` measured these figures in 30.0 minutes",
         "a processor (CPU only), 2 cores, Linux, Python 3.11",
@@ -116,7 +122,7 @@ def test_benchmark_section_names_machine_bundle_versions_settings_and_command(co
         "onnxruntime 1; competitors: `litserve==1`",
         "3 interleaved rounds",
         "- Settings: LitServe `BATCH=32`; ",
-        "- Settings at 1 connection: LitServe `BATCH=32`; ",
+        "- Failed: round 1: BentoML BATCH=1 WORKERS=2: NotStartedError: not ready.",
         "(results/scaling.png)",
     ):
         assert part in text
@@ -129,14 +135,69 @@ def test_workers_table_shows_ratios_to_one_worker(content: dict[str, Any]) -> No
         "photo_cpu_s_per_1000": 1.0,
         "word_cpu_s_per_1000": 0.5,
         "resident_mb": 200.0,
+        "cores": 1,
     }
     two = {name: 2 * value for name, value in one.items()} | {"photo_rps": 190.0}
     assert "Worker processes" not in benchmark_section(content)
-    content["workers"] = {"1": [one], "2": [two]}
+    content["workers"] = {"1": [one], "2": [two], "4": [two]}
     cells = rows(benchmark_section(content))
-    assert cells["1"][:2] == ["100", "200"]
-    assert cells["2"][:2] == ["190 (1.90)", "400 (2.00)"]
+    assert cells["1"][:2] == ["100", "200 (limit: 10.00)"]
+    assert cells["2"][:2] == ["190 (1.90)", "400 (2.00, limit: 10.00)"]
+    assert "4 on 2 cores" in cells
     assert {target.name: target for target in targets(content)}["throughput of 2 workers on 2 cores vs 1 on 1"].met
+
+
+def test_request_table_splits_the_time_of_a_request(content: dict[str, Any]) -> None:
+    cells = rows(benchmark_section(content))
+    assert cells["16 connections"] == ["3846", "10000", "10000", "-16154"]
+    assert cells["64 connections, a word"] == ["10000", "10000", "40000", "-40000"]
+
+
+def test_profile_section_shows_shares_operators_and_memory() -> None:
+    profile = {
+        "load_average": 0.5,
+        "loads": {"photo": {"ONNX Runtime": 0.5, "response": 0.25}, "word": {"response": 1.0}},
+        "operators": {"encoder": {"Conv": 0.6, "Gemm": 0.2}},
+        "memory_mb": {"Python": 90.0, "bundle": 60.0},
+    }
+    text = profile_section(profile)
+    cells = rows(text)
+    assert cells["share of samples"] == ["photo", "word"]
+    assert cells["ONNX Runtime"] == ["50%", ""]
+    assert cells["response"] == ["25%", "100%"]
+    assert cells["encoder"] == ["Conv 60%, Gemm 20%"]
+    assert "150 MB: Python 90, bundle 60." in text
+    assert "load average" not in text
+    assert "load average was 9" in profile_section({**profile, "load_average": 9.0})
+
+
+def test_variants_table_has_all_variants_and_marks_the_chosen_one(content: dict[str, Any]) -> None:
+    figures = [dict(FIGURES), {**FIGURES, "rps_16": 300.0}]
+    content["variants"] = {
+        "litserve": [
+            {"variant": {"BATCH": "32"}, "rounds": figures},
+            {"variant": {"BATCH": "1"}, "rounds": []},
+        ],
+        CONCORD.name: [{"variant": {}, "rounds": figures}],
+    }
+    cells = rows(benchmark_section(content))
+    assert cells["**LitServe `BATCH=32`**"][:3] == ["100", "200", "100"]
+    assert set(cells["LitServe `BATCH=1`"]) == {"failed"}
+    assert not any(name.startswith(("**Concord", "Concord `")) for name in cells)
+
+
+def test_sections_without_a_failed_server_keep_the_rows_of_the_others(content: dict[str, Any]) -> None:
+    before = {target.name for target in targets(content)}
+    for name in ("mlserver", PLAIN.name):
+        del content["rounds"][name], content["chosen"][name]
+    content["rounds"]["bentoml"] = []
+    content["inside"] = {}
+    cells = rows(benchmark_section(content))
+    assert cells["requests/s, 16 connections"][:5] == ["260 ± 190", "100 ± 0 (0.38)", "", "", ""]
+    left = {target.name for target in targets(content)}
+    assert "throughput at 16 connections vs best competitor" in left, "LitServe is left"
+    assert {name.partition(" vs ")[2] for name in before - left} >= {"FastAPI without batching", "PyTorch eager autograd"}
+    assert "16 connections" in performance_section(content)
 
 
 def test_benchmark_section_without_recorded_bundle_says_so(content: dict[str, Any]) -> None:
@@ -187,8 +248,9 @@ def test_write_replaces_the_text_between_the_markers(content: dict[str, Any], tm
     markers = (README_MARKER, BENCHMARK_MARKER)
     for document, marker in zip(documents, markers, strict=True):
         document.write_text(f"# Text\n<!-- {marker} -->\nformer\n<!-- /{marker} -->\nmore\n")
-    write(content, *documents)
-    write(content, *documents)
+    write(content, *documents, tmp_path)
+    write(content, *documents, tmp_path)
+    assert not (tmp_path / FIGURE).exists(), "not measured"
     for document, marker, text in zip(
         documents, markers, (performance_section(content), benchmark_section(content)), strict=True
     ):
@@ -207,7 +269,9 @@ def test_published_sections_equal_the_committed_results() -> None:
     latest = json.loads(LATEST.read_text())
     remedy = "run: .venv/bin/python -m tests.benchmarks.report"
     assert section(README.read_text(encoding="utf-8"), README_MARKER) == performance_section(latest), remedy
-    assert section(BENCHMARK_README.read_text(encoding="utf-8"), BENCHMARK_MARKER) == benchmark_section(latest), remedy
+    document = BENCHMARK_README.read_text(encoding="utf-8")
+    assert section(document, BENCHMARK_MARKER) == benchmark_section(latest), remedy
+    assert section(document, PROFILE_MARKER) == profile_section(json.loads(PROFILE.read_text())), remedy
 
 
 def test_published_performance_table_has_at_most_five_rows() -> None:

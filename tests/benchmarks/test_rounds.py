@@ -4,12 +4,11 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
-from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.benchmarks.rounds import goodput, sequential, verify_same_embeddings
+from tests.benchmarks.rounds import embeddings_of, goodput, sequential, verify_same_embeddings
 from tests.benchmarks.servers import CONCORD
 from tests.support.traffic import Connections, closed_loop, get, open_loop, quantiles
 
@@ -89,25 +88,20 @@ def test_goodput_counts_only_responses_within_the_latency_limit(milliseconds: fl
 
 @pytest.mark.parametrize(("difference", "same"), [(0.0, True), (9e-6, True), (2e-5, False)])
 def test_verify_same_embeddings_raises_above_the_tolerance(difference: float, same: bool) -> None:
-    def body(value: float) -> bytes:
-        return json.dumps({"data": [{"embedding": [value, 1.0]}]}).encode()
-
-    async def test() -> None:
-        async def reference() -> bytes:
-            return body(0.5)
-
-        async def other() -> bytes:
-            return body(0.5 + difference)
-
-        async with serving(reference) as reference_port, serving(other) as other_port:
-            servers: dict[str, Any] = {
-                "reference": (CONCORD, SimpleNamespace(port=reference_port)),
-                "other": (CONCORD, SimpleNamespace(port=other_port)),
-            }
-            assert await verify_same_embeddings(servers, [{"word": "one"}]) == pytest.approx(difference, abs=1e-9)
-
+    reference, embeddings = np.array([[0.5, 1.0]]), np.array([[0.5 + difference, 1.0]])
     if same:
-        asyncio.run(test())
+        assert verify_same_embeddings(embeddings, reference) == pytest.approx(difference, abs=1e-9)
     else:
         with pytest.raises(AssertionError, match="embeddings differ"):
-            asyncio.run(test())
+            verify_same_embeddings(embeddings, reference)
+
+
+def test_embeddings_of_returns_one_row_for_each_item() -> None:
+    async def respond() -> bytes:
+        return json.dumps({"data": [{"embedding": [0.5, 1.0]}]}).encode()
+
+    async def test() -> None:
+        async with serving(respond) as port:
+            assert (await embeddings_of(CONCORD, port, [{"word": "one"}, {"word": "two"}])).tolist() == [[0.5, 1.0]] * 2
+
+    asyncio.run(test())

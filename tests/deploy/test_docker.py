@@ -154,8 +154,12 @@ def test_locked_versions_satisfy_pyproject() -> None:
     """After a change of pyproject.toml, a package is missing or has a forbidden version until ``make lock`` runs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    otel = extras["otel"]
-    requirements = {"cpu": extras["cpu"] + otel, "gpu": extras["gpu"] + otel, "training": extras["cpu"] + extras["train"]}
+    serving = extras["audio"] + extras["otel"]
+    requirements = {
+        "cpu": extras["cpu"] + serving,
+        "gpu": extras["gpu"] + serving,
+        "training": extras["cpu"] + extras["audio"] + extras["train"],
+    }
     for name, extra in requirements.items():
         locked = dict(re.findall(r"^([a-z0-9._-]+)==([^ ]+)", (DOCKER / f"requirements-{name}.txt").read_text(), re.MULTILINE))
         for line in project["dependencies"] + extra:

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from concord.model import bundle
-from concord.model.runtime.branch_absent import branch_absent
+from concord.model.runtime.branch_absent import CONVOLUTION_AXES, branch_absent
 from concord.model.runtime.refinement_table import table, with_tables
 
 OUTPUTS = ["next_mean", "next_log_var", "objective"]
@@ -97,6 +97,17 @@ def test_branch_absent_reads_only_the_tables_of_modalities_that_a_row_has(opened
         tensor for node in branched.graph.node for branch in node.attribute for inner in branch.g.node for tensor in inner.input
     }
     assert branches.issuperset(tables)
+
+
+def test_branch_absent_branches_hold_the_weights_of_convolutions_only(branched: bytes) -> None:
+    """Weights in a branch are kept three times."""
+    graph = onnx.load_model_from_string(branched).graph
+    inside = [tensor for node in graph.node for branch in node.attribute for tensor in branch.g.initializer]
+    assert all(len(tensor.dims) >= CONVOLUTION_AXES and tensor.raw_data for tensor in inside)
+    constant = {tensor.name for tensor in (*inside, *graph.initializer)}
+    readers = [n for n in (*graph.node, *(m for o in graph.node for a in o.attribute for m in a.g.node)) if "Conv" in n.op_type]
+    assert inside or not readers
+    assert all(node.input[1] not in constant or node.input[1] in {tensor.name for tensor in inside} for node in readers)
 
 
 def test_branch_absent_inseparable_modalities_return_the_graph_unchanged() -> None:
