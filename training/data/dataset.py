@@ -320,7 +320,7 @@ def load(config: Config, split: Split, folder: Path | None = None, training: Dat
         DataError: the rows cannot be used for training, see ``sources.read_table``; or a package that a modality needs is not
             installed.
     """
-    folder, cache = _folders(config, folder)
+    folder, cache = data_folders(config, folder)
     data, encoders = config.data, open_features(config, cache or DEFAULT_CACHE)
     modalities, class_names = fitted = training.fitted if training else fit_preprocessing(config, folder, encoders)
     tables = [
@@ -338,7 +338,7 @@ def load(config: Config, split: Split, folder: Path | None = None, training: Dat
     return loaded
 
 
-def _folders(config: Config, folder: Path | None) -> tuple[Path, Path | None]:
+def data_folders(config: Config, folder: Path | None) -> tuple[Path, Path | None]:
     """Return the base folder of relative paths, and the folder of the cache. Check that the packages of audio are installed."""
     try:
         check_installed(config.modalities)
@@ -356,7 +356,7 @@ def load_shard(config: Config, folder: Path | None, group: ProcessGroup) -> Data
     Raises:
         DataError: in every process, if one of them cannot use its rows.
     """
-    folder, cache = _folders(config, folder)
+    folder, cache = data_folders(config, folder)
     data, source = config.data, config.data.sources[0]
 
     def prepare() -> tuple[tuple[dict[str, Modality], tuple[str, ...] | None], str | None]:
