@@ -100,7 +100,8 @@ def _with_targets(
             raise Problem.from_faults(
                 [Fault(f"/targets/{place}", code, f"{name[:64]!r} {reason}: there are {', '.join(names)}")]
             )
-    if parsed.options.nearest and not (galleries := parsed.model.galleries).keys() & set(requested or names):
+    galleries = parsed.model.galleries
+    if parsed.options.nearest and not galleries.keys() & set(requested or names):
         found = f"has training examples of {', '.join(galleries)} only" if galleries else "has no training examples"
         detail = f"the bundle {found}: leave nearest out{' or name such a target' if galleries else ''}"
         raise Problem.from_faults([Fault("/nearest", "no_gallery", detail)])
@@ -115,11 +116,16 @@ def _with_targets(
                 items.append(RejectedItem(item.index, item.id, problem))
                 continue
         items.append(item)
-    for option in ("num_samples", "nearest"):
-        values = getattr(parsed.options, option) * sum(map(len, targets.values()))
-        if values > settings.max_samples:
-            detail = f"{values} values (items x targets x {option}); at most {settings.max_samples} in one request"
-            raise Problem.from_faults([Fault(f"/{option}", "out_of_range", detail)])
+    values = parsed.options.num_samples * sum(map(len, targets.values()))
+    if values > settings.max_samples:
+        detail = f"{values} values (items x targets x num_samples); at most {settings.max_samples} in one request"
+        raise Problem.from_faults([Fault("/num_samples", "out_of_range", detail)])
+    examples = parsed.options.nearest * sum(name in galleries for found in targets.values() for name in found)
+    if examples > settings.max_samples:
+        detail = (
+            f"{examples} examples (items x targets with a gallery x nearest); at most {settings.max_samples} are allowed"
+        )
+        raise Problem.from_faults([Fault("/nearest", "out_of_range", detail)])
     return replace(parsed, items=items), targets
 
 

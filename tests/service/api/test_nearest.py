@@ -93,6 +93,10 @@ def test_response_without_nearest_has_no_such_field(shown: httpx.Client, nearest
     assert "nearest" not in item
 
 
+def test_targets_without_a_gallery_do_not_count_for_the_limit(shown: httpx.Client) -> None:
+    assert generate(shown, nearest=256, targets=["digit", "photo"]).status_code == 200
+
+
 def test_form_and_query_take_nearest(shown: httpx.Client) -> None:
     response = shown.post("/cross-generate", params={"nearest": 1, "targets": "digit"}, files={"word": (None, "two")})
     (item,) = response.json()["data"]
@@ -103,7 +107,10 @@ def test_form_and_query_take_nearest(shown: httpx.Client) -> None:
     ("body", "detail"),
     [
         ({"nearest": 1, "targets": ["photo"]}, "the bundle has training examples of word, digit only"),
-        ({"nearest": 200, "targets": ["digit", "word"]}, "400 values (items x targets x nearest); at most 256"),
+        (
+            {"nearest": 200, "targets": ["digit", "word"]},
+            "400 examples (items x targets with a gallery x nearest); at",
+        ),
         ({"nearest": -1}, "greater than or equal to 0"),
     ],
 )
