@@ -122,9 +122,7 @@ def _with_targets(
         raise Problem.from_faults([Fault("/num_samples", "out_of_range", detail)])
     examples = parsed.options.nearest * sum(name in galleries for found in targets.values() for name in found)
     if examples > settings.max_samples:
-        detail = (
-            f"{examples} examples (items x targets with a gallery x nearest); at most {settings.max_samples} are allowed"
-        )
+        detail = f"{examples} examples (items x targets with a gallery x nearest); at most {settings.max_samples} are allowed"
         raise Problem.from_faults([Fault("/nearest", "out_of_range", detail)])
     return replace(parsed, items=items), targets
 
