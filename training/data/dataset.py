@@ -335,6 +335,7 @@ def load(config: Config, split: Split, folder: Path | None = None, training: Dat
     loaded.fitted = fitted
     if split == "train":
         _require_pairs(loaded, loaded.subsets())
+        _require_several_texts(loaded, data.average_texts)
     return loaded
 
 
@@ -381,6 +382,7 @@ def load_shard(config: Config, folder: Path | None, group: ProcessGroup) -> Data
     sizes, subsets = zip(*group.gather_results(read), strict=True)
     (own,) = loaded
     _require_pairs(own, set().union(*subsets))
+    _require_several_texts(own, data.average_texts)
     own.shard = DatasetShard(group.rank, group.size, min(sizes))
     own.sources = [own.sources[0].model_copy(update={"rows": sum(sizes)})]
     return own
@@ -397,6 +399,15 @@ def _require_pairs(data: Dataset, subsets: Collection[tuple[str, ...]]) -> None:
         raise DataError(
             f"{file}: no training row has two modalities, so there are no pairs to align. Join the rows that belong together, "
             'or pair rows by a shared class: data.pairing = "class"'
+        )
+
+
+def _require_several_texts(data: Dataset, averaged: Sequence[str]) -> None:
+    """Raise DataError if a row of a modality of ``average_texts`` cannot have several texts."""
+    if single := [name for name in averaged if data.columns[name].starts is None]:
+        raise DataError(
+            f"{data.sources[0].file}: data.average_texts names {single}, whose rows have one text each. It takes a column with "
+            "a list of texts in each row: name such a column, or remove average_texts"
         )
 
 
