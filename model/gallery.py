@@ -5,6 +5,11 @@ posterior q(z | x_m) of its value alone and, if the configuration allows it, the
 texts. The mean of a request's posterior finds the examples with the largest cosine similarity, as in the evaluation of
 retrieval. The search is exact: a product with all means.
 
+Posterior means find more than predicted features do, and are smaller: 64 numbers instead of 1,280. In 1,000 rows of products,
+recall@10 of photographs by titles was 0.63 with posterior means, 0.40 with predicted features of the frozen encoder in
+standardised units, and 0.38 with features in their own units; of titles by photographs 0.64, 0.44 and 0.42. These were training
+rows that were held out of training on 4,000 others, one seed.
+
 The file is an npz archive without pickles:
 
 - ``mean`` (row, latent): float32, of unit length.
