@@ -17,6 +17,7 @@ from concord.model.bundle.manifest import DataSource
 from concord.model.codec import check_installed
 from concord.model.encoder import EncoderFiles
 from concord.model.modality import EncodedModality, ImageModality, Modality, TextModality
+from concord.model.token_sampling import text_lengths
 from concord.model.vae.generative import context_name
 from concord.training.config import Config, Data
 from concord.training.data.augmentation import augment, change_contrast, sample_contrasts, sample_variations
@@ -498,9 +499,7 @@ def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
 
 def _trailing_padding(tokens: Int64[np.ndarray, "row length"]) -> Int64[np.ndarray, " row"]:
     """Return the number of padding tokens at the end of each text."""
-    length = tokens.shape[1]
-    used = np.where(tokens != 0, np.arange(1, length + 1), 0).max(axis=1)
-    return np.asarray(length - used)
+    return np.asarray(tokens.shape[1] - text_lengths(tokens))
 
 
 def _shift(tokens: Int64[np.ndarray, "row length"], offset: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, "row length"]:
