@@ -65,7 +65,7 @@ from concord.training.tune import tune as run_search
 
 P = ParamSpec("P")
 
-METHODS = ("birds-features-contrast", "birds-encoded", "flickr8k", "fashion")
+METHODS = ("birds-features-contrast", "birds-encoded", "flickr8k", "fashion", "fashion-encoded")
 """Folders of results that compare models on retrieval and prediction, each with a section of its name."""
 GENERATED_ROWS = 2000
 """Test rows of the figures of generation in ``evaluate``."""
