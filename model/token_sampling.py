@@ -61,7 +61,7 @@ def token_log_probabilities(
         next_token: as in ``sample_tokens``.
     """
     end, rows = modality.categories, np.arange(len(tokens))
-    lengths = ((tokens != 0) * np.arange(1, modality.length + 1)).max(axis=1)
+    lengths = text_lengths(tokens)
     found = np.zeros(tokens.shape, np.float32)
     previous = np.full(len(tokens), end, np.int64)
     for position in range(modality.length):
@@ -70,6 +70,11 @@ def token_log_probabilities(
         found[:, position] = np.where(position <= lengths, scores[rows, observed], 0)
         previous = tokens[:, position]
     return found
+
+
+def text_lengths(tokens: Int64[np.ndarray, "text length"]) -> Int64[np.ndarray, " text"]:
+    """Number of tokens of each text up to the last one that is not padding."""
+    return np.asarray(((tokens != 0) * np.arange(1, tokens.shape[1] + 1)).max(axis=1, initial=0))
 
 
 def _sample(

@@ -33,6 +33,7 @@ CODES: dict[str, tuple[int, str]] = {
     "unknown_modality": (422, "Unknown modality"),
     "empty_subset": (422, "No modality given"),
     "nothing_to_generate": (422, "Nothing to generate"),
+    "no_gallery": (422, "No gallery"),
     "bad_text": (422, "Bad text"),
     "bad_vector": (422, "Bad vector"),
     "bad_attributes": (422, "Bad attributes"),

@@ -37,6 +37,8 @@ from concord.training.export import export as export_run
 from concord.training.fit import fit as train
 from concord.training.fit import load
 from concord.training.forecast import Forecast, duration
+from concord.training.gallery import describe as describe_galleries
+from concord.training.gallery import read_galleries
 from concord.training.loggers import logging_to
 from concord.training.machine import full_disk_reported
 from concord.training.models import MODELS
@@ -66,7 +68,7 @@ P = ParamSpec("P")
 
 SENTENCES = ("birds-captions", "flickr8k-captions", "fashion-titles")
 """Folders of results of models that generate sentences."""
-METHODS = ("birds-features-contrast", "birds-encoded", "flickr8k", "fashion")
+METHODS = ("birds-features-contrast", "birds-encoded", "flickr8k", "fashion", "fashion-encoded")
 """Folders of results that compare models on retrieval and prediction, each with a section of its name."""
 GENERATED_ROWS = 2000
 """Test rows of the figures of generation in ``evaluate``."""
@@ -260,10 +262,17 @@ def export(configuration: Path, folder: Path | None, out: Path | None, overrides
         model = _load_finished(settings, inputs.modalities, run)
     images = {grid: grid_caption(settings.modalities)} if (grid := run.path / GRID).exists() else {}
     path = to or run.path / "bundle"
+    galleries = {}
+    if settings.gallery:
+        Progress().say("reading the training rows of the gallery")
+        network = model.bundle_model()
+        galleries = read_galleries(settings, network, inputs.modalities, inputs.encoders, inputs.sources, folder)
     with full_disk_reported(path, Path(tempfile.gettempdir())):
-        bundle = export_run(settings, model.bundle_model(), inputs, run.read(EVALUATION), path, images)
+        bundle = export_run(settings, model.bundle_model(), inputs, run.read(EVALUATION), path, images, galleries)
     size = sum(entry.bytes for entry in bundle.manifest.files.values())
     print(f"{bundle.path}: {bundle.manifest.name} {bundle.manifest.version}, {size / 1e6:.1f} MB, sha256 {bundle.sha256[:16]}")
+    for line in describe_galleries(galleries):
+        print(f"it contains training data: {line}")
     print(f"serve it with: CONCORD_BUNDLE={bundle.path} concord serve")
 
 

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from concord.model.gallery import MAX_ROWS
 from concord.model.modality import (
     MAX_MODALITIES,
     AudioModality,
@@ -28,6 +29,8 @@ from concord.model.modality import (
     Modality,
     TextModality,
     WeightRule,
+    is_picture_file,
+    is_text,
 )
 
 DEVICES = r"^(auto|cpu|cuda|cuda:\d{1,2}|mps)$"
@@ -368,6 +371,22 @@ class Validation(_Table):
         return self
 
 
+class GallerySettings(_Table):
+    """Training examples of one modality that ``export`` puts into the bundle. They have no influence on training.
+
+    The bundle then contains training data: everyone who can send requests, or who has the bundle, can see it.
+    """
+
+    ids: str | None = None
+    """Column of the data source with the id of each row: texts or integers. None: the number of the row in the file."""
+    values: bool = False
+    """Whether the bundle also has the values: thumbnails of pictures, or texts. false: ids only."""
+    side: int = Field(default=64, ge=16, le=256)
+    """Height and width in pixels of a thumbnail, which is cut out of the centre of the picture."""
+    rows: int = Field(default=10_000, ge=1, le=MAX_ROWS)
+    """Largest number of rows, sampled from the training rows that have the modality."""
+
+
 STAGES = ("joint", "refiner", "contrast", "align", "refresh", "flow")
 """Tables of the configuration, in the order of training."""
 Model = Literal["concord", "jmvae", "mvae", "mmvae", "mopoe", "mvtcae", "jnf", "contrastive"]
@@ -405,6 +424,8 @@ class Config(_Table):
     refresh: Refresh = Refresh()
     flow: Flow = Flow()
     validation: Validation = Validation()
+    gallery: dict[str, GallerySettings] = Field(default={})
+    """Training examples in the bundle, by modality. Left out: none."""
 
     def override(
         self,
@@ -461,11 +482,11 @@ class Config(_Table):
         """Hash of the settings that differ from their defaults and influence training.
 
         Files with the same meaning have the same hash, and a new option does not change the hash of files without it.
-        ``version`` names the bundle only, and a run may continue on another ``device`` or with other micro-batches
-        (``accumulate``). Settings of Concord only are left out for baselines.
+        ``version`` and ``gallery`` concern the bundle only, and a run may continue on another ``device`` or with other
+        micro-batches (``accumulate``). Settings of Concord only are left out for baselines.
         """
         content = self.model_dump(
-            mode="json", exclude_defaults=True, exclude={"version": True, "device": True, "data": {"cache"}}
+            mode="json", exclude_defaults=True, exclude={"version": True, "device": True, "gallery": True, "data": {"cache"}}
         )
         for stage in STAGES:
             content.get(stage, {}).pop("accumulate", None)
@@ -532,4 +553,14 @@ class Config(_Table):
         encoded = [m.name for m in self.modalities if isinstance(m, EncodedModality) and m.kind == "text"]
         if wrong := [name for name in self.data.average_texts if name not in encoded]:
             raise ValueError(f"data.average_texts names {wrong}, the text modalities with an encoder are {encoded}")
+        return self
+
+    @model_validator(mode="after")
+    def _galleries_have_modalities(self) -> "Config":
+        names = [m.name for m in self.modalities]
+        if unknown := sorted(set(self.gallery) - set(names)):
+            raise ValueError(f"[gallery] names {unknown}, the modalities are {names}")
+        allowed = [m.name for m in self.modalities if is_picture_file(m) or is_text(m)]
+        if wrong := [name for name, gallery in self.gallery.items() if gallery.values and name not in allowed]:
+            raise ValueError(f"[gallery] has values of {wrong}, which only pictures and texts can have: {allowed}")
         return self

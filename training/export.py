@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from concord.model.bundle import Bundle
 from concord.model.bundle.manifest import DataSource
 from concord.model.encoder import EncoderFiles
+from concord.model.gallery import Gallery
 from concord.model.modality import EncodedModality, Modality
 from concord.model.vae.multimodal import MultimodalVAE
 from concord.training.checkpoint import Run, write_atomically
@@ -28,6 +29,7 @@ from concord.training.config import Config
 from concord.training.data.dataset import Dataset
 from concord.training.encoders.find import copy_files, read_files
 from concord.training.errors import RunError
+from concord.training.gallery import describe
 from concord.training.run_data import RunData
 
 GOLDEN_REPEATS = 2
@@ -119,6 +121,7 @@ def export(
     figures: dict[str, Any],
     path: Path,
     images: Mapping[Path, str] = MappingProxyType({}),
+    galleries: Mapping[str, Gallery] = MappingProxyType({}),
 ) -> Bundle:
     """Write the bundle of a trained model and return it. Errors: see ``model.vae.export.export_bundle``.
 
@@ -127,6 +130,7 @@ def export(
         figures: of ``evaluate``, for the manifest and the card.
         path: folder of the bundle.
         images: PNG files of generated samples and their captions, for the card.
+        galleries: training examples by modality.
     """
     from concord.model.vae.export import export_bundle  # noqa: PLC0415 - 70 MiB, which init, check and fit do without
 
@@ -152,8 +156,9 @@ def export(
         samples=config.refiner.serving_samples,
         horizon=config.horizon,
         examples={name: torch.from_numpy(array) for name, array in inputs.examples.items()},
-        card=model_card(config, inputs.sources, figures, images, inputs.encoders),
+        card=model_card(config, inputs.sources, figures, images, inputs.encoders, describe(galleries)),
         encoders=inputs.encoders,
+        galleries=galleries,
         reference_embeddings=inputs.reference_embeddings,
         pictures=list(images),
     )
@@ -191,8 +196,13 @@ def model_card(
     figures: dict[str, Any],
     images: Mapping[Path, str] = MappingProxyType({}),
     encoders: Sequence[EncoderFiles] = (),
+    galleries: Sequence[str] = (),
 ) -> str:
-    """Return the model card as Markdown: what the model is, its data, its figures and samples, and its limits."""
+    """Return the model card as Markdown: what the model is, its data, its figures and samples, and its limits.
+
+    Args:
+        galleries: what ``gallery.describe`` returns.
+    """
     lines = [f"# {config.name} {config.version}", ""]
     lines += [
         f"A multimodal VAE with a {config.network.latent}-dimensional z over "
@@ -208,6 +218,7 @@ def model_card(
         f"Seed {config.seed}, configuration `{config.sha256[:16]}`. The licences of the data apply to the weights too.",
         "",
         *_encoder_lines(encoders),
+        *_gallery_lines(galleries),
         "## Figures on the test split",
         "",
     ]
@@ -262,6 +273,13 @@ def _encoder_lines(encoders: Sequence[EncoderFiles]) -> list[str]:
         "",
         *_table(["encoder", "origin", "licence", "features", "sha256"], rows),
     ]
+
+
+def _gallery_lines(galleries: Sequence[str]) -> list[str]:
+    """Return the lines on training examples, none if there is none."""
+    if not galleries:
+        return []
+    return ["## Training examples", "", "This bundle contains training data:", "", *(f"- {line}" for line in galleries), ""]
 
 
 def _nested_table(keys: list[str], titles: dict[str, str], figures: dict[str, dict[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@
     weights.safetensors    weights of all networks; the graphs refer to this file, so no weight is stored twice
     encoder-<name>.onnx    optional: a frozen encoder of pictures or texts, with its weights
     tokenizer-<name>.json  optional: the tokenizer of a frozen encoder of texts
+    gallery-<modality>.npz optional: training examples of a modality, see ``model.gallery``
     golden.npz             golden examples: inputs, and the outputs of the PyTorch model at export
     map.npz                optional: reference embeddings, the posterior means of labelled rows, for a map of the latent space
     README.md              the model card
@@ -195,7 +196,10 @@ def _parse_manifest(path: Path, raw: bytes) -> Manifest:
     if set(manifest.graphs.decode) != set(names) or set(manifest.weights) != set(names):
         raise BundleError(f"{path / MANIFEST}: graphs.decode and weights must name exactly the modalities {names}")
     _check_encoders(path, manifest)
-    missing = {*manifest.graphs.names, *manifest.encoder_files, WEIGHTS, GOLDEN} - set(manifest.files)
+    if unknown := set(manifest.galleries) - set(names):
+        raise BundleError(f"{path / MANIFEST}: galleries names {sorted(unknown)}, the modalities are {names}")
+    galleries = {gallery.file for gallery in manifest.galleries.values()}
+    missing = {*manifest.graphs.names, *manifest.encoder_files, *galleries, WEIGHTS, GOLDEN} - set(manifest.files)
     if missing:
         raise BundleError(f"{path / MANIFEST}: files has no hash for {sorted(missing)}")
     return manifest

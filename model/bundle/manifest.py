@@ -25,7 +25,7 @@ FORMAT = 7
 - 4: adds words by Unicode's rules, modalities with the name of a value of the graphs, and more than eight modalities.
 - 5: adds frozen encoders of images and texts, and audio.
 - 6: adds texts with the autoregressive likelihood, whose decode graph is that of one token.
-- 7: adds images and audio with a learned scale, and images with the logistic mixture.
+- 7: adds galleries of training examples, images and audio with a learned scale, and images with the logistic mixture.
 """
 GRAPH_VALUES = frozenset(
     {"present", "mean", "log_var", "anchor_mean", "anchor_log_var", "noise", "next_mean", "next_log_var", "objective"}
@@ -60,6 +60,17 @@ class Graphs(_Strict):
     def names(self) -> list[str]:
         """File names of all graphs."""
         return [self.encode, self.refine, *self.decode.values(), *([self.draw] if self.draw else [])]
+
+
+class GalleryFacts(_Strict):
+    """A gallery of training examples, see ``model.gallery``."""
+
+    file: str
+    """Name of the file."""
+    rows: int = Field(ge=1)
+    """Number of training examples."""
+    values: bool
+    """Whether the file holds their pictures, as thumbnails, or their texts. Else ids only."""
 
 
 class RefinementFacts(_Strict):
@@ -107,6 +118,8 @@ class Manifest(_Strict):
     refinement: RefinementFacts
     encoders: dict[Annotated[str, Field(pattern=ENCODER_NAME)], Encoder] = Field(default={}, exclude_if=lambda found: not found)
     """Frozen encoders, by name. Modalities that use the same one share it."""
+    galleries: dict[str, GalleryFacts] = Field(default={}, exclude_if=lambda found: not found)
+    """Training examples that the bundle carries, by modality."""
     files: dict[str, FileEntry]
     """Every file that the service reads, by name."""
     provenance: Provenance
@@ -131,6 +144,8 @@ def oldest_format(facts: Mapping[str, Any]) -> int:
     Args:
         facts: the manifest's fields, at least ``modalities`` and ``graphs``.
     """
+    if facts.get("galleries"):
+        return 7
     modalities = [TypeAdapter(Modality).validate_python(fields) for fields in facts["modalities"]]
     has_sample_graph = Graphs.model_validate(facts["graphs"]).draw is not None
     has_renamed_input = any(graph_input(modality.name) != modality.name for modality in modalities)

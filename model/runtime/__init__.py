@@ -18,6 +18,7 @@ from concord.model import bundle, codec
 from concord.model.bundle.manifest import graph_input
 from concord.model.codec import Preprocessor, standardise
 from concord.model.codec.frozen import EncoderInput
+from concord.model.gallery import Gallery
 from concord.model.modality import EncodedModality, Modality, TextModality
 from concord.model.runtime.bound_run import can_capture
 from concord.model.runtime.branch_absent import branch_absent
@@ -63,7 +64,10 @@ class Runtime:
 
     Raises:
         bundle.BundleError: ONNX Runtime cannot load a graph, ``cuda`` is not available, or a modality needs a package that is
-            not installed.
+            not installed; or a gallery is damaged.
+
+    Attributes:
+        galleries: training examples by modality.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Runtime:
             m.name: m for m in self.modalities if isinstance(m, TextModality) and m.likelihood == "autoregressive"
         }
         self.latent = manifest.latent
+        self.galleries = self._open_galleries()
         self.noise_samples = manifest.refinement.samples
         self.device = choose_device(device, memory_mb=gpu_memory_mb, tf32=tf32, graphs=cuda_graphs)
         self._max_batch, self._fixed_batches = max_batch, fixed_batches
@@ -377,6 +382,19 @@ class Runtime:
             inputs = [encoder.preprocessor.golden_input(content) for content in files]
             features[f"features.{modality.encoder}"] = encoder.features(inputs)
         return features
+
+    def _open_galleries(self) -> dict[str, Gallery]:
+        """Training examples by modality."""
+        galleries = {}
+        for name, facts in self.bundle.manifest.galleries.items():
+            try:
+                gallery = Gallery.from_bytes(self.bundle.content(facts.file), self.latent)
+            except ValueError as error:
+                raise bundle.BundleError(f"{self.bundle.path / facts.file}: {error}") from error
+            if (len(gallery.ids), gallery.has_values) != (facts.rows, facts.values):
+                raise bundle.BundleError(f"{self.bundle.path / facts.file}: does not fit the manifest. Export the bundle again")
+            galleries[name] = gallery
+        return galleries
 
     def _open_graphs(self, threads: int) -> None:
         graphs = self.bundle.manifest.graphs

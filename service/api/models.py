@@ -6,6 +6,7 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 
+from concord.model.bundle.manifest import GalleryFacts
 from concord.model.codec import media_types
 from concord.model.modality import Modality
 from concord.service.api.requests import choose
@@ -44,7 +45,7 @@ def describe(app: FastAPI, model: ServedModel) -> dict[str, Any]:
         "version": manifest.version,
         "state": reloader.state(model),
         "latent": manifest.latent,
-        "modalities": [_modality(m) for m in manifest.modalities],
+        "modalities": [_modality(m, manifest.galleries.get(m.name)) for m in manifest.modalities],
         "capabilities": ["embed", "cross-generate", "refine"],
         "limits": {
             "max_body_bytes": settings.max_body_bytes,
@@ -63,8 +64,10 @@ def describe(app: FastAPI, model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _modality(modality: Modality) -> dict[str, Any]:
+def _modality(modality: Modality, gallery: GalleryFacts | None) -> dict[str, Any]:
     facts = {**modality.model_dump(mode="json", exclude_none=True), "shape": list(modality.shape)}
+    if gallery is not None:
+        facts["gallery"] = {"rows": gallery.rows, "values": gallery.values}
     accepted = media_types(modality)
     return {**facts, "media_types": list(accepted)} if accepted else facts
 

@@ -28,9 +28,9 @@ async def embeddings(request: Request) -> Response:
         max_texts = request.app.state.settings.max_texts
         parsed = await parse_with(request, len(content), lambda max_values: load(content, max_values, max_texts))
         jobs = [InferenceJob(item.row, 0, item.index) for item in parsed.accepted]
-        manifest, results = await run(request, parsed, jobs)
+        model, results = await run(request, parsed, jobs)
         with serializing(request):
-            write = partial(responses.embeddings, manifest, parsed.options.encoding_format, results)
+            write = partial(responses.embeddings, model.manifest, parsed.options.encoding_format, results)
             many = len(results) > request.app.state.settings.max_items
             response = await request.app.state.parse_pool.in_thread(write) if many else write()
     return respond(request, response, results, parsed.parse_seconds)

@@ -78,7 +78,8 @@ def _describe_call(
     schemas.update(body.pop("$defs"))
     schemas["RefineOptions"]["properties"]["steps"]["maximum"] = settings.max_refine_steps
     if options is GenerateOptions:
-        body["properties"]["num_samples"]["maximum"] = settings.max_samples
+        for option in ("num_samples", "nearest"):
+            body["properties"][option]["maximum"] = settings.max_samples
         names = {"enum": [m.name for m in modalities]}
         body["properties"]["targets"]["anyOf"][0].update(items=names, uniqueItems=True, maxItems=len(modalities))
     query = _query_options(body["properties"], schemas)

@@ -1,7 +1,7 @@
 """Inference results as response bodies: plain dictionaries, serialised once, with NumPy arrays left to orjson."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from concord.model import codec
 from concord.model.bundle.manifest import Manifest
+from concord.model.gallery import Gallery
 from concord.model.modality import Modality
 from concord.service.api.parse_pool import StillWanted
 from concord.service.api.requests import ParsedItem, RejectedItem
 from concord.service.api.schemas import EmbedOptions, GenerateOptions
 from concord.service.errors import Problem
 from concord.service.inference.jobs import InferenceResult, RefinementResult
+from concord.service.inference.served_model import ServedModel
 
 ItemResult = tuple[ParsedItem, InferenceResult]
 Vector = Float32[np.ndarray, " latent"]
@@ -76,19 +78,20 @@ def embeddings(manifest: Manifest, encoding_format: str, results: Sequence[ItemR
 
 
 def generate(
-    manifest: Manifest,
+    model: ServedModel,
     options: GenerateOptions,
     results: Sequence[ItemResult],
     rejected: Sequence[RejectedItem],
     request_id: str,
     wanted: StillWanted,
 ) -> bytes:
-    """The body of POST /cross-generate. It compresses pictures and computes waveforms: call it in a worker thread.
+    """The body of POST /cross-generate. It compresses pictures, computes waveforms and searches galleries: call it in a worker
+    thread.
 
     Raises:
         Problem: the client is gone: a request may ask for 256 sounds, each of which takes a tenth of a second or more.
     """
-    modalities = {m.name: m for m in manifest.modalities}
+    modalities = {m.name: m for m in model.manifest.modalities}
 
     def render(name: str, row: NDArray[Any]) -> dict[str, Any]:
         if not wanted():
@@ -106,6 +109,7 @@ def generate(
                 "generated": generated,
                 "embedding": _vector(result.mean, options.encoding_format) if options.return_embedding else None,
                 "refinement": _refinement(result.refinement, options.refine.trace),
+                **({"nearest": _nearest(model.galleries, result, options.nearest)} if options.nearest else {}),
             }
         )
     usage = {
@@ -113,7 +117,19 @@ def generate(
         "generated": sum(len(rows) for _, result in results for rows in result.generated.values()),
         "refine_steps": _steps(results),
     }
-    return _dump(manifest, data, usage)
+    return _dump(model.manifest, data, usage)
+
+
+def _nearest(galleries: Mapping[str, Gallery], result: InferenceResult, count: int) -> dict[str, list[dict[str, Any]]]:
+    """The training examples that are nearest to the posterior mean, by target."""
+    return {
+        name: [
+            {"id": gallery.ids[row], "similarity": similarity, "values": gallery.values(row)}
+            for row, similarity in gallery.nearest(result.mean, count)
+        ]
+        for name in result.generated
+        if (gallery := galleries.get(name)) is not None
+    }
 
 
 def _render(modality: Modality, row: NDArray[Any], options: GenerateOptions) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from concord.model.bundle.manifest import Manifest
 from concord.service.api import responses
 from concord.service.api.rejections import problem_from
 from concord.service.api.requests import O, ParsedItem, ParsedRequest, RejectedItem, parse
@@ -50,9 +49,9 @@ async def embed(request: Request) -> Response:
             InferenceJob(item.row, options.seed, item.index, refinement_limits(options, until), sample_embedding=sample)
             for item in parsed.accepted
         ]
-        manifest, results = await run(request, parsed, jobs)
+        model, results = await run(request, parsed, jobs)
         with serializing(request):
-            content = responses.embed(manifest, options, results, parsed.rejected, state_of(request.scope).request_id)
+            content = responses.embed(model.manifest, options, results, parsed.rejected, state_of(request.scope).request_id)
     return respond(request, content, results, parsed.parse_seconds)
 
 
@@ -77,11 +76,11 @@ async def cross_generate(request: Request) -> Response:
             )
             for item in parsed.accepted
         ]
-        manifest, results = await run(request, parsed, jobs)
+        model, results = await run(request, parsed, jobs)
         with serializing(request):
             request_id = state_of(request.scope).request_id
             content = await request.app.state.parse_pool.while_wanted(
-                functools.partial(responses.generate, manifest, options, results, parsed.rejected, request_id)
+                functools.partial(responses.generate, model, options, results, parsed.rejected, request_id)
             )
     return respond(request, content, results, parsed.parse_seconds)
 
@@ -101,6 +100,11 @@ def _with_targets(
             raise Problem.from_faults(
                 [Fault(f"/targets/{place}", code, f"{name[:64]!r} {reason}: there are {', '.join(names)}")]
             )
+    galleries = parsed.model.galleries
+    if parsed.options.nearest and not galleries.keys() & set(requested or names):
+        found = f"has training examples of {', '.join(galleries)} only" if galleries else "has no training examples"
+        detail = f"the bundle {found}: leave nearest out{' or name such a target' if galleries else ''}"
+        raise Problem.from_faults([Fault("/nearest", "no_gallery", detail)])
     targets: dict[int, tuple[str, ...]] = {}
     items: list[ParsedItem | RejectedItem] = []
     for item in parsed.items:
@@ -116,11 +120,15 @@ def _with_targets(
     if values > settings.max_samples:
         detail = f"{values} values (items x targets x num_samples); at most {settings.max_samples} in one request"
         raise Problem.from_faults([Fault("/num_samples", "out_of_range", detail)])
+    examples = parsed.options.nearest * sum(name in galleries for found in targets.values() for name in found)
+    if examples > settings.max_samples:
+        detail = f"{examples} examples (items x targets with a gallery x nearest); at most {settings.max_samples} are allowed"
+        raise Problem.from_faults([Fault("/nearest", "out_of_range", detail)])
     return replace(parsed, items=items), targets
 
 
-async def run(request: Request, parsed: ParsedRequest[O], jobs: list[InferenceJob]) -> tuple[Manifest, list[ItemResult]]:
-    """The results of the accepted items, and the manifest of the bundle that made them.
+async def run(request: Request, parsed: ParsedRequest[O], jobs: list[InferenceJob]) -> tuple[ServedModel, list[ItemResult]]:
+    """The results of the accepted items, and the model that made them.
 
     Raises:
         Problem: an item was rejected and the request wants all or nothing; the queue is full; inference failed.
@@ -141,7 +149,7 @@ async def run(request: Request, parsed: ParsedRequest[O], jobs: list[InferenceJo
         app.metrics.stage("decode", parsed.parse_seconds)
     for item in parsed.accepted:
         app.metrics.item("+".join(item.row))
-    return model.manifest, list(zip(parsed.accepted, results, strict=True))
+    return model, list(zip(parsed.accepted, results, strict=True))
 
 
 async def _run_in_chunks(model: ServedModel, jobs: list[InferenceJob], size: int, *, alone: bool) -> list[InferenceResult]:

@@ -81,6 +81,9 @@ class GenerateOptions(CallOptions):
     text: TextOptions = Field(default_factory=TextOptions)
     output: OutputOptions = Field(default_factory=OutputOptions)
     return_embedding: bool = False
+    nearest: Natural = Field(
+        0, description="Also return so many of the nearest training examples of each target whose gallery the bundle has."
+    )
 
 
 class EmbeddingsOptions(_Options):
@@ -116,6 +119,16 @@ class EmbeddingAnswer(BaseModel):
     refinement: RefinementAnswer | None
 
 
+class TrainingExample(BaseModel):
+    id: str
+    similarity: float = Field(
+        description="Cosine of the item's embedding and that of the example, by its value of the target alone."
+    )
+    values: list[dict[str, Any]] = Field(
+        description="A thumbnail {media_type, data, width, height}, or each text {text}; empty if the gallery has ids only."
+    )
+
+
 class GenerationAnswer(BaseModel):
     index: int
     id: str | None
@@ -128,6 +141,9 @@ class GenerationAnswer(BaseModel):
     )
     embedding: Vector | None
     refinement: RefinementAnswer | None
+    nearest: dict[str, list[TrainingExample]] | None = Field(
+        None, description="With nearest: training examples by target, the most similar one first."
+    )
 
 
 class FailedItem(BaseModel):

@@ -15,6 +15,7 @@ from concord.client.responses import (
     Response,
     ServiceError,
     Sound,
+    TrainingExample,
     UnavailableError,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "Response",
     "ServiceError",
     "Sound",
+    "TrainingExample",
     "UnavailableError",
 ]

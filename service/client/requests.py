@@ -55,6 +55,7 @@ class GenerateOptions(CallOptions, total=False):
     audio: Literal["wav", "raw"]
     spectrogram: bool
     return_embedding: bool
+    nearest: int
 
 
 def body(inputs: Item | Iterable[Item], options: Mapping[str, Any]) -> bytes:

@@ -5,7 +5,7 @@ import io
 import os
 import wave
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union
 
@@ -129,8 +129,23 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class TrainingExample:
+    """A training example that the bundle carries.
+
+    Attributes:
+        similarity: cosine of the item's embedding and that of the example.
+        values: a thumbnail, or texts. Empty if the bundle has ids only.
+    """
+
+    id: str
+    similarity: float
+    values: list[Generated]
+
+
+@dataclass(frozen=True)
 class Generation:
-    """One item's generated values, by modality, ``num_samples`` of each."""
+    """One item's generated values, by modality, ``num_samples`` of each. ``nearest`` has the nearest training examples by
+    modality, the most similar one first, if they were requested."""
 
     index: int
     id: str | None
@@ -138,6 +153,7 @@ class Generation:
     generated: dict[str, list[Generated]]
     embedding: Vector | None
     refinement: Refinement | None
+    nearest: dict[str, list[TrainingExample]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,6 +227,7 @@ def generations(response: httpx.Response) -> Response[Generation]:
             {name: [_generated(value) for value in values] for name, values in one["generated"].items()},
             one["embedding"] and _vector(one["embedding"]),
             one["refinement"] and Refinement(**one["refinement"]),
+            {name: [_example(found) for found in examples] for name, examples in one.get("nearest", {}).items()},
         )
 
     return Response(*_fields(response, parse))
@@ -289,6 +306,10 @@ def _generated(value: dict[str, Any]) -> Generated:
     if "shape" in value:
         return _vector(data).reshape(value["shape"])
     return {str(name): float(p) for name, p in data.items()} if isinstance(data, dict) else np.asarray(data, dtype=np.float32)
+
+
+def _example(found: dict[str, Any]) -> TrainingExample:
+    return TrainingExample(found["id"], found["similarity"], [_generated(value) for value in found["values"]])
 
 
 def _sound(value: dict[str, Any]) -> Sound:

@@ -4,11 +4,12 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
 from concord.model.bundle.manifest import Manifest
+from concord.model.gallery import Gallery
 from concord.model.runtime import Runtime
 from concord.service.inference.engine import Engine
 from concord.service.inference.jobs import InferenceJob, InferenceResult, ModelNotReady, Rejection
@@ -59,6 +60,11 @@ class ServedModel:
     @property
     def manifest(self) -> Manifest:
         return self.runtime.bundle.manifest
+
+    @property
+    def galleries(self) -> Mapping[str, Gallery]:
+        """Training examples by modality."""
+        return self.runtime.galleries
 
     @property
     def label(self) -> str:

@@ -114,6 +114,11 @@ def test_override_is_the_configuration_with_the_values_in_the_file() -> None:
     assert parse(text).override() == parse(text)
 
 
+def test_gallery_does_not_change_the_hash_of_a_run() -> None:
+    """A finished run can be exported with a gallery."""
+    assert parse(SMALL + '[gallery.digit]\nids = "sku"\nvalues = true\n').sha256 == parse(SMALL).sha256
+
+
 @pytest.mark.parametrize(
     ("variable", "processes", "expected"),
     [("1", 1, 1), ("1", 2, None), ("2", 2, 2), (" 3 , 2", 1, 3), ("", 1, None), ("-1", 1, None), ("²", 1, None)],

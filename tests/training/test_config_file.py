@@ -140,7 +140,7 @@ def test_source_on_the_hub_loads() -> None:
         (
             'name = "small"',
             'name = "small"\nseeds = 1',
-            r"  seeds: unknown key: did you mean 'seed'\? Allowed: align, contrast, data, device, flow, joint",
+            r"  seeds: unknown key: did you mean 'seed'\? Allowed: align, contrast, data, device, flow, gallery, joint",
         ),
         ("height = 28", "height = 28\nhieght = 2", r"modalities\[0\]\.hieght: unknown key: did you mean 'height'\?"),
         (
@@ -187,6 +187,14 @@ def test_source_on_the_hub_loads() -> None:
             'pairing = "row"',
             'pairing = "row"\nrandom_contrast = { word = 0.5 }',
             r"random_contrast names \['word'\].* audio .*\[\]",
+        ),
+        ("[[data.sources]]", "[gallery.sound]\n[[data.sources]]", r"\[gallery\] names \['sound'\], the modalities are"),
+        ("[[data.sources]]", "[gallery.digit]\nside = 8\n[[data.sources]]", r"gallery\.digit\.side: .* 16, received 8"),
+        ("[[data.sources]]", "[gallery.digit]\nrow = 8\n[[data.sources]]", r"gallery\.digit\.row: .*did you mean 'rows'"),
+        (
+            'kind = "text"\nlength = 8\nalphabet = " abc"\n',
+            'kind = "categorical"\n[gallery.word]\nvalues = true\n',
+            r"\[gallery\] has values of \['word'\], which only pictures and texts can have: \['digit'\]",
         ),
         ('"row"', '"class"', r'data\.pairing = "class" needs a label column in every'),
         ('name = "small"', "name = small", r"run\.toml: not TOML \(Invalid value.*line 2"),

@@ -17,6 +17,7 @@ from concord.model.bundle.manifest import DataSource
 from concord.model.codec import check_installed
 from concord.model.encoder import EncoderFiles
 from concord.model.modality import EncodedModality, ImageModality, Modality, TextModality
+from concord.model.token_sampling import text_lengths
 from concord.model.vae.generative import context_name, target_name
 from concord.training.config import Config, Data
 from concord.training.data.augmentation import augment, change_contrast, sample_contrasts, sample_variations
@@ -399,7 +400,7 @@ def load(config: Config, split: Split, folder: Path | None = None, training: Dat
         DataError: the rows cannot be used for training, see ``sources.read_table``; or a package that a modality needs is not
             installed.
     """
-    folder, cache = _folders(config, folder)
+    folder, cache = data_folders(config, folder)
     data, encoders = config.data, open_features(config, cache or DEFAULT_CACHE)
     modalities, class_names = fitted = training.fitted if training else fit_preprocessing(config, folder, encoders)
     tables = [
@@ -415,10 +416,11 @@ def load(config: Config, split: Split, folder: Path | None = None, training: Dat
     loaded.fitted = fitted
     if split == "train":
         _require_pairs(loaded, loaded.subsets())
+        _require_several_texts(loaded, data.average_texts)
     return loaded
 
 
-def _folders(config: Config, folder: Path | None) -> tuple[Path, Path | None]:
+def data_folders(config: Config, folder: Path | None) -> tuple[Path, Path | None]:
     """Return the base folder of relative paths, and the folder of the cache. Check that the packages of audio are installed."""
     try:
         check_installed(config.modalities)
@@ -436,7 +438,7 @@ def load_shard(config: Config, folder: Path | None, group: ProcessGroup) -> Data
     Raises:
         DataError: in every process, if one of them cannot use its rows.
     """
-    folder, cache = _folders(config, folder)
+    folder, cache = data_folders(config, folder)
     data, source = config.data, config.data.sources[0]
 
     def prepare() -> tuple[tuple[dict[str, Modality], tuple[str, ...] | None], str | None]:
@@ -461,6 +463,7 @@ def load_shard(config: Config, folder: Path | None, group: ProcessGroup) -> Data
     sizes, subsets = zip(*group.gather_results(read), strict=True)
     (own,) = loaded
     _require_pairs(own, set().union(*subsets))
+    _require_several_texts(own, data.average_texts)
     own.shard = DatasetShard(group.rank, group.size, min(sizes))
     own.sources = [own.sources[0].model_copy(update={"rows": sum(sizes)})]
     return own
@@ -477,6 +480,15 @@ def _require_pairs(data: Dataset, subsets: Collection[tuple[str, ...]]) -> None:
         raise DataError(
             f"{file}: no training row has two modalities, so there are no pairs to align. Join the rows that belong together, "
             'or pair rows by a shared class: data.pairing = "class"'
+        )
+
+
+def _require_several_texts(data: Dataset, averaged: Sequence[str]) -> None:
+    """Raise DataError if a row of a modality of ``average_texts`` cannot have several texts."""
+    if single := [name for name in averaged if data.columns[name].starts is None]:
+        raise DataError(
+            f"{data.sources[0].file}: data.average_texts names {single}, whose rows have one text each. It takes a column with "
+            "a list of texts in each row: name such a column, or remove average_texts"
         )
 
 
@@ -567,9 +579,7 @@ def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
 
 def _trailing_padding(tokens: Int64[np.ndarray, "row length"]) -> Int64[np.ndarray, " row"]:
     """Return the number of padding tokens at the end of each text."""
-    length = tokens.shape[1]
-    used = np.where(tokens != 0, np.arange(1, length + 1), 0).max(axis=1)
-    return np.asarray(length - used)
+    return np.asarray(tokens.shape[1] - text_lengths(tokens))
 
 
 def _shift(tokens: Int64[np.ndarray, "row length"], offset: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, "row length"]:

@@ -257,7 +257,7 @@ def open_rows(
             raise DataError(f"{file}: {shard} has no training row. Start fewer processes, or set shards = false under [data]")
     if selection == "complete" and split == "train":
         complete = np.concatenate(
-            [_complete(arrays) for arrays in Rows(table, numbers, folder, groups=groups).batches(columns)]
+            [complete_rows(arrays) for arrays in Rows(table, numbers, folder, groups=groups).batches(columns)]
         )
         before, numbers = len(numbers), numbers[complete]
         _log.info("%s: %d of %d training rows are complete and used", file, len(numbers), before)
@@ -266,7 +266,7 @@ def open_rows(
     return Rows(table, numbers, folder, encoders, groups)
 
 
-def _complete(columns: Sequence[pa.Array]) -> NDArray[np.bool_]:
+def complete_rows(columns: Sequence[pa.Array]) -> NDArray[np.bool_]:
     """Return which rows have no null."""
     valid: NDArray[np.bool_] = np.all([column.is_valid().to_numpy(zero_copy_only=False) for column in columns], axis=0)
     return valid

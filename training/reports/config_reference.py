@@ -45,6 +45,7 @@ TABLES: Mapping[str, tuple[type[BaseModel], Sequence[str]]] = {
     "`[refresh]`": (config.Refresh, OF_STAGES),
     "`[flow]`": (config.Flow, OF_STAGES),
     "`[validation]`": (config.Validation, ()),
+    "`[gallery.<modality>]`": (config.GallerySettings, ()),
 }
 """Heading, model, and keys that another table or a heading has."""
 DEFAULTS = {"segmentation": '`"unicode"`'}
@@ -62,7 +63,7 @@ def _table(model: type[BaseModel], skipped: Sequence[str]) -> str:
     properties = model.model_json_schema()["properties"]
     for key, schema in properties.items():
         field = model.model_fields[key]
-        has_table = "$ref" in schema or "$ref" in str(schema.get("items", ""))
+        has_table = "$ref" in schema or "$ref" in str([schema.get("items"), schema.get("additionalProperties")])
         if has_table or key in skipped:
             continue
         default = "required" if field.is_required() else DEFAULTS.get(key) or _literal(field.default)

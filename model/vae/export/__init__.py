@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from concord.model import bundle
 from concord.model.encoder import EncoderFiles
+from concord.model.gallery import Gallery
 from concord.model.runtime import Runtime
 from concord.model.vae.export.golden import Arrays, golden_examples, golden_files
 from concord.model.vae.export.graphs import INLINE_BYTES, decode_graph, encode_graph, refine_graph, sample_graph
@@ -39,6 +41,7 @@ def export_bundle(
     reference_embeddings: Mapping[str, NDArray[Any]] | None = None,
     pictures: Sequence[Path] = (),
     encoders: Sequence[EncoderFiles] = (),
+    galleries: Mapping[str, Gallery] = MappingProxyType({}),
 ) -> bundle.Bundle:
     """Export a model as a bundle. The bundle is written only if its graphs agree with the model.
 
@@ -54,6 +57,7 @@ def export_bundle(
         reference_embeddings: content of the map: ``mean`` (rows, latent) and, if the rows have classes, ``label`` (rows,).
         pictures: image files that the card shows. They are copied and keep their names.
         encoders: the frozen encoders that modalities name.
+        galleries: training examples by modality.
 
     Raises:
         ExportError: graphs and model differ by more than ``PARITY_TOLERANCE``.
@@ -84,6 +88,12 @@ def export_bundle(
                 if source is not None and name is not None:
                     shutil.copyfile(source, folder / name)
                     files.append(name)
+        gallery_facts = {}
+        for name, gallery in galleries.items():
+            file = f"gallery-{name}.npz"
+            (folder / file).write_bytes(gallery.to_bytes())
+            files.append(file)
+            gallery_facts[name] = {"file": file, "rows": len(gallery.ids), "values": gallery.has_values}
         if reference_embeddings is not None:
             np.savez_compressed(folder / bundle.MAP, allow_pickle=False, **reference_embeddings)
             files.append(bundle.MAP)
@@ -96,6 +106,7 @@ def export_bundle(
             "graphs": graph_files,
             "refinement": {"samples": samples, "horizon": horizon},
             "encoders": {name: encoder.model_dump(mode="json") for name, encoder in described.items()},
+            "galleries": gallery_facts,
         }
         candidate = bundle.write(folder / "candidate", manifest, [*(folder / f for f in files), *pictures], card)
         try:

@@ -15,6 +15,7 @@
  * @property {number} [length] text: largest number of units
  * @property {"character" | "word"} [unit] text
  * @property {string} [encoder] image or text: frozen encoder. The other fields are then those of a vector of features
+ * @property {{rows: number, values: boolean}} [gallery] training examples that the bundle carries
  * @property {number} [size] vector: number of components
  * @property {string[]} [attributes] binary: names
  * @property {string[]} [classes] categorical: names

@@ -2,29 +2,29 @@
 
 import { element } from "./dom.js";
 import { joinNames } from "./text.js";
-import { renderValue } from "./values.js";
+import { renderExample, renderValue } from "./values.js";
 
 /**
  * @param {HTMLElement} container
  * @param {import("./api.js").Modality[]} modalities
- * @param {{modalities: string[], generated: Object<string, object[]>}[]} items `data` in the response of POST /cross-generate;
- *   `modalities` are those of the inputs
+ * @param {{modalities: string[], generated: Object<string, object[]>, nearest?: Object<string, object[]>}[]} items `data` in the
+ *   response of POST /cross-generate; `modalities` are those of the inputs
  */
 export function renderGenerated(container, modalities, items) {
   container.replaceChildren(...items.map((item) => renderItem(modalities, item, items.length > 1)));
 }
 
-function renderItem(modalities, { modalities: inputs, generated }, showTitle) {
+function renderItem(modalities, { modalities: inputs, generated, nearest = {} }, showTitle) {
   const figures = modalities
     .filter(({ name }) => name in generated)
-    .map((modality) => renderFigure(modality, generated[modality.name], inputs));
+    .map((modality) => renderFigure(modality, generated[modality.name], nearest[modality.name], inputs));
   const title = showTitle
     ? element("h3", {}, "from ", element("b", {}, inputs.join(" + ")), inputs.length === 1 ? " alone" : "")
     : null;
   return element("div", { class: "result" }, title, element("div", { class: "figures" }, ...figures));
 }
 
-function renderFigure(modality, samples, inputs) {
+function renderFigure(modality, samples, examples, inputs) {
   const reconstructed = inputs.includes(modality.name);
   const label = `${modality.name}, ${reconstructed ? "reconstructed" : "generated"} from ${joinNames(inputs)}`;
   return element(
@@ -36,5 +36,13 @@ function renderFigure(modality, samples, inputs) {
       { class: `sample-grid ${modality.encoder ? "vector" : modality.kind}`, "data-count": Math.min(samples.length, 5) },
       ...samples.map((value, i) => renderValue(modality, value, samples.length > 1 ? `${label}, sample ${i + 1}` : label)),
     ),
+    examples?.length
+      ? element(
+          "div",
+          { class: "nearest" },
+          element("p", { class: "hint" }, "nearest training examples"),
+          element("ul", {}, ...examples.map((example) => element("li", {}, ...renderExample(example)))),
+        )
+      : null,
   );
 }

@@ -14,6 +14,7 @@ import { renderTimings } from "./timings.js";
 
 const MAX_STEPS = 16;
 const MAX_SAMPLES = 8;
+const NEAREST = 4; // training examples, if the model has a gallery
 const FRAME_MS = 120;
 const MAX_CACHED_RESPONSES = 256;
 
@@ -31,6 +32,7 @@ export class ModelView {
     this.sendModel = sendModel;
     this.onError = onError;
     this.names = model.modalities.map((modality) => modality.name);
+    this.hasGallery = model.modalities.some(({ gallery }) => gallery);
     this.hasSound = model.modalities.some(({ kind }) => kind === "audio");
     this.responses = new Map();
     this.update = coalesce(
@@ -134,6 +136,7 @@ export class ModelView {
         targets: this.names,
         num_samples: Number(this.samples.input.value),
         temperature: Number(this.temperature.input.value),
+        ...(this.hasGallery && { nearest: NEAREST }),
         ...(this.hasSound && { output: { spectrogram: true } }),
       },
     };

@@ -25,6 +25,17 @@ export function renderValue(modality, value, label) {
   return modality.kind === "vector" ? renderNumbers(modality, value.data, label) : renderProbabilities(value.data);
 }
 
+/**
+ * Creates elements for a training example, as in the response of POST /cross-generate: its picture or texts, or else its id.
+ *
+ * @param {{id: string, similarity: number, values: object[]}} example
+ */
+export function renderExample({ id, similarity, values }) {
+  const label = `${id}, similarity ${similarity.toFixed(2)}`;
+  if (!values.length) return [renderText(id, label)];
+  return values.map((value) => ("text" in value ? renderText(value.text, label) : renderImage(value, value, label)));
+}
+
 function renderText(text, label) {
   return element("p", { class: text ? "text-value" : "text-value hint", title: label }, text || "(empty)");
 }

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import os
 import re
@@ -16,11 +17,14 @@ import httpx
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from concord.model import bundle
+from concord.model.gallery import Gallery
 from concord.model.modality import BinaryModality, CategoricalModality, ImageModality, TextModality, VectorModality
 from concord.model.runtime import Runtime
+from tests.support.bundles import write_copy
 from tests.support.encoders import encoded_modalities
 from tests.support.graphs import write_bundle
 from tests.support.server import ROOT
@@ -503,3 +507,27 @@ def test_frozen_encoders_take_pictures_of_any_size_and_texts(
         expect(input_card(page, "back")).to_contain_text("12 features of an example")
         wait_until_idle(page)
         expect(page.locator(".field-error:visible")).to_have_count(0)
+
+
+def test_page_shows_the_nearest_training_examples(open_page: OpenPage, serve: Serve, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "teal").save(file, "webp")
+    mean = np.eye(5, 32, dtype=np.float32)
+    galleries = {
+        "photo": Gallery(mean, list("abcde"), (), [file.getvalue()] * 5, 16),
+        "word": Gallery(mean, list("abcde"), [["one"], ["two"], ["three"], ["four"], ["five"]]),
+        "digit": Gallery(mean, [f"no. {number}" for number in range(5)]),
+    }
+    facts = {}
+    for name, gallery in galleries.items():
+        (tmp_path / f"{name}.npz").write_bytes(gallery.to_bytes())
+        facts[name] = {"file": f"{name}.npz", "rows": 5, "values": gallery.has_values}
+    copy = write_copy(tmp_path / "bundle", galleries=facts, more=[tmp_path / f"{name}.npz" for name in galleries])
+    with serve(Runtime(copy, threads=1)) as client:
+        page = open_page(client)
+        examples = {name: page.locator(f"#generated figure[data-modality={name}] .nearest li") for name in galleries}
+        expect(examples["photo"].get_by_role("img")).to_have_count(4)
+        expect(examples["digit"].first).to_contain_text("no. ")
+        assert {"one", "two", "three", "four", "five"} > set(examples["word"].all_inner_texts())
+        assert run_curl_snippet(page)["data"][0]["nearest"].keys() == galleries.keys()
+        assert not accessibility_violations(page)

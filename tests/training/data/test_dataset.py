@@ -473,6 +473,19 @@ def test_rows_of_several_texts_have_the_mean_of_their_features_outside_of_traini
     np.testing.assert_array_equal(again.arrays["title"], epochs[3])
 
 
+def test_average_texts_of_a_column_of_single_texts_is_an_error(tmp_path: Path) -> None:
+    encoder = write_text_encoder(tmp_path / "texts")
+    datasets.Dataset.from_dict({"one": [[0.0, 1.0], [1.0, 0.0]], "text": ["a cup", "a lamp"]}).to_parquet(
+        tmp_path / "rows.parquet"
+    )
+    title = EncodedModality(name="title", kind="text", encoder=str(encoder))
+    source = Source(train="rows.parquet", test="rows.parquet", columns={"first": "one", "title": "text"}, licence="CC0")
+    data = Data(pairing="row", sources=(source,), cache=tmp_path / "cache", average_texts=("title",))
+    run = Config(name="rows", modalities=(FIRST, title), data=data)
+    with pytest.raises(DataError, match=r"average_texts names \['title'\], whose rows have one text each.*or remove"):
+        dataset.load(run, "train", tmp_path)
+
+
 def test_vectors_are_standardised_with_training_statistics(tmp_path: Path) -> None:
     numbers = [[0.0, 5.0, 1.0], [2.0, 5.0, 2.0], None]
     for name, rows in (("train", numbers), ("test", [[4.0, 6.0, 1.0], [4.0, 6.0, 1.0], None])):

@@ -14,7 +14,7 @@ def keys_below(heading: str) -> list[str]:
 def test_config_reference_has_every_key_of_every_table() -> None:
     """Each key of a table is below its heading, below the heading that all kinds share, or a table itself."""
     nested = {"modalities", "data", "sources", "network", "objective", "joint", "refiner", "contrast"}
-    nested |= {"align", "refresh", "flow", "validation"}
+    nested |= {"align", "refresh", "flow", "validation", "gallery"}
     for heading, (model, shared) in TABLES.items():
         assert set(shared) <= {*OF_MODALITIES, *OF_IMAGES, *OF_STAGES, "epochs"}
         assert set(keys_below(heading)) == set(model.model_fields) - set(shared) - nested, heading

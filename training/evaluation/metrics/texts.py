@@ -8,6 +8,7 @@ from jaxtyping import Int64, Shaped
 
 from concord.model.codec.text import text_from_tokens
 from concord.model.modality import TextModality
+from concord.model.token_sampling import text_lengths
 
 Tokens = tuple[int, ...]
 Words = tuple[Hashable, ...]
@@ -33,9 +34,8 @@ def words(modality: TextModality, tokens: Int64[np.ndarray, " length"]) -> Words
 def pairs_of_texts(modality: TextModality, tokens: Int64[np.ndarray, "text length"]) -> frozenset[int]:
     """Return the pairs of adjacent tokens in texts, each as first · categories + second."""
     position = np.arange(1, modality.length)
-    lengths = ((tokens != 0) * np.arange(1, modality.length + 1)).max(axis=1, initial=0, keepdims=True)
     codes = tokens[:, :-1] * modality.categories + tokens[:, 1:]
-    return frozenset(np.unique(codes[position < lengths]).tolist())
+    return frozenset(np.unique(codes[position < text_lengths(tokens)[:, np.newaxis]]).tolist())
 
 
 def known_pairs(modality: TextModality, texts: Sequence[Tokens], known: Collection[int]) -> float | None:
@@ -61,5 +61,4 @@ def distinct(texts: Sequence[Tokens]) -> float:
 
 def token_counts(modality: TextModality, tokens: Int64[np.ndarray, "text length"]) -> Shaped[np.ndarray, " text"]:
     """Return the number of tokens of each text, with its end unless it fills the whole length."""
-    lengths = ((tokens != 0) * np.arange(1, modality.length + 1)).max(axis=1, initial=0)
-    return np.asarray(np.minimum(lengths + 1, modality.length))
+    return np.asarray(np.minimum(text_lengths(tokens) + 1, modality.length))
