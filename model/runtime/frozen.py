@@ -116,8 +116,10 @@ class FrozenEncoder:
         session = self.session
         if self._fixed:
             size = next(size for size in self._fixed if size >= len(inputs))
-            session, pixels = self._fixed[size], feed[self._inputs[0]]
-            feed = {self._inputs[0]: np.concatenate([pixels, np.repeat(pixels[:1], size - len(inputs), axis=0)])}
+            session = self._fixed[size]
+            feed = {
+                name: np.concatenate([rows, np.repeat(rows[:1], size - len(inputs), axis=0)]) for name, rows in feed.items()
+            }
         (output,) = session.run([self._output], {name: feed[name] for name in self._inputs})
         features = self._pool(np.asarray(output)[: len(inputs)], mask)
         if self.description.normalize:
