@@ -23,6 +23,7 @@ NOT_IN_A_SCHEMA = {
     "too_large": "its number of pixels",
     "nothing_to_generate": "that a modality is absent, unless targets are named",
     "out_of_range": "the product of items, targets and samples",
+    "no_gallery": "that the bundle has training examples for ``nearest``",
 }
 """Codes of errors in a request that conforms to the document, with what no JSON schema can require."""
 
