@@ -2,9 +2,19 @@
 
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from concord.model import bundle
+from tests.benchmarks import untrained
 from tests.benchmarks.scaling import plot
+
+
+@pytest.mark.slow
+def test_untrained_bundle_has_the_latent_size_and_the_modalities_that_were_asked_for(tmp_path: Path) -> None:
+    untrained.main(latent=5, modalities=2, folder=tmp_path / "bundle")
+    manifest = bundle.read(tmp_path / "bundle").manifest
+    assert (manifest.latent, [m.name for m in manifest.modalities]) == (5, ["digit", "photo"])
 
 
 def test_plot_writes_a_figure_with_all_panels(tmp_path: Path) -> None:

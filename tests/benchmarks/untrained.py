@@ -10,6 +10,7 @@ from concord.model.modality import BinaryModality, CategoricalModality, ImageMod
 from concord.model.vae.export import export_bundle
 from concord.model.vae.multimodal import MultimodalVAE
 from concord.training import config_file
+from concord.training.trainable import network_arguments
 from tests.support.server import ROOT
 
 # Images have a Gaussian likelihood. The gradient of a Laplace likelihood changes its sign where the mean equals the pixel. With
@@ -36,10 +37,10 @@ def main(latent: int, modalities: int, folder: Path) -> None:
         folder: of the bundle.
     """
     torch.manual_seed(0)
-    network = config_file.read(ROOT / "training/configs/digits.toml").network
+    settings = config_file.read(ROOT / "training/configs/digits.toml")
     chosen = MODALITIES[:modalities]
-    options: dict[str, Any] = {**network.model_dump(), "latent": latent}
-    vae = MultimodalVAE(chosen, **options, beta=10.0)
+    options: dict[str, Any] = {**network_arguments(settings), "latent": latent, "beta": 10.0}
+    vae = MultimodalVAE(chosen, **options)
     provenance = {
         "created": "2026-01-01T00:00:00+00:00",
         "code_revision": "unknown",
