@@ -21,9 +21,7 @@ SILU_GAIN = 1.7  # 1 / sqrt(E[SiLU(x)^2]) for standard normal x, rounded: keeps 
 MIN_SIDE = 4  # pixels: convolutions halve an image until its shorter side has about this size
 MAX_DOUBLINGS = 3  # of the channels; without a limit, images above 90 pixels per side would need networks of gigabytes
 GROUPS = 8  # group normalisation in image networks, per row (Wu & He 2018)
-SCALE_GAIN = (
-    10.0  # of the logarithm of a learned scale per unit of its weight: Adam moves each weight by about the learning rate
-)
+SCALE_GAIN = 10.0  # change of the logarithm of a learned scale with its weight, which Adam moves by about the learning rate
 MIN_SCALE = 1 / 256  # of a learned scale: the distance of two levels of a pixel; without a bound, flat images drive it to 0
 WORD_FEATURES = 64  # size of a word's vector, in the encoder and in the decoder
 

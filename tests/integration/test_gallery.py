@@ -170,7 +170,7 @@ def test_gallery_has_the_training_rows_with_the_modality(runtime: Runtime) -> No
     assert galleries["icon"].ids == [str(number) for number in photos], "without ids, the number of the row in the file"
     assert galleries["price"].ids == [str(number) for number, _ in TRAINING]
     titles = {str(number): row["titles"] for number, row in TRAINING if row["titles"]}
-    assert len(galleries["title"].ids) == 9, "no more than rows"
+    assert len(galleries["title"].ids) == 9, "at most rows"
     assert [*galleries["title"].texts] == [titles[number] for number in galleries["title"].ids]
     assert [*galleries["label"].texts] == [[row["label"]] for _, row in TRAINING]
     assert {name: gallery.has_values for name, gallery in galleries.items()} == {
