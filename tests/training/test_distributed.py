@@ -307,7 +307,8 @@ def test_processes_with_devices_of_different_kinds_are_rejected(
         "import sys, torch; from torch import distributed as d; from concord.training.distributed import check_devices; "
         "rank, kind, file = int(sys.argv[1]), sys.argv[2], sys.argv[3]; "
         "d.init_process_group('gloo', init_method='file://' + file, rank=rank, world_size=2); "
-        "check_devices(torch.device(kind))"
+        "check_devices(torch.device(kind)); "
+        "d.destroy_process_group()"  # its threads sometimes abort the exit of the interpreter
     )
     processes = [
         subprocess.Popen(
