@@ -7,14 +7,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from concord.training.reports.summary import average, display_name, finished_rows
+from concord.training.reports.summary import LOWER_IS_BETTER, average, display_name, finished_rows
 
-SCORES = {
-    "probe": "linear probe,\none modality",
-    "coherence_one": "coherence from\none modality",
-    "coherence_more": "coherence from\ntwo and more",
-    "coherence_joint": "coherence from\nthe prior",
-}
+AXES = {"probe": "linear probe,\none modality", "coherence_one": "coherence from\none modality", "frechet": "Fréchet distance"}
 
 
 def write_charts(content: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -40,23 +35,31 @@ def write_charts(content: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def scores_figure(content: Mapping[str, Any]) -> Figure:
-    """Return a figure with one panel per score, from 0 to 1, and one bar per finished model in each panel.
+    """Return a figure with one panel per score and one point per finished model in each panel. Further right is better.
 
-    Error bars show the standard deviation over seeds. The layout stays legible with twenty models.
+    Panels show the range of their points. Bars show the standard deviation over seeds, circles the best mean of a panel. The
+    layout stays legible with twenty models.
 
     Args:
         content: of a results file, see ``compare.compare``.
     """
     models = finished_rows(content)
-    figure = Figure(figsize=(9, 1 + 0.22 * len(models)), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, len(SCORES), sharey=True)
-    for axes, (score, title) in zip(panels, SCORES.items(), strict=True):
-        averages = [average(rows, score) for _, rows in models]
-        axes.barh(range(len(models)), [mean or 0 for mean, _ in averages], xerr=[std or 0 for _, std in averages], height=0.7)
-        axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
-        axes.set_title(title, fontsize=10)
+    figure = Figure(figsize=(9, 1.2 + 0.22 * len(models)), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(AXES), sharey=True)
+    for axes, (score, title) in zip(panels, AXES.items(), strict=True):
+        lower_is_better = score in LOWER_IS_BETTER
+        averages = [(place, *average(rows, score)) for place, (_, rows) in enumerate(models)]
+        measured = [(place, mean, std or 0.0) for place, mean, std in averages if mean is not None]
+        axes.set_title(f"{title} {'↓' if lower_is_better else '↑'}", fontsize=10)
         axes.grid(axis="x", alpha=0.4)
-        axes.set_axisbelow(True)
+        if not measured:
+            continue
+        places, means, deviations = zip(*measured, strict=True)
+        axes.errorbar(means, places, xerr=deviations, fmt="o", markersize=4)
+        best = (min if lower_is_better else max)(means)
+        axes.plot(best, places[means.index(best)], "o", markersize=9, markerfacecolor="none", color="black")
+        if lower_is_better:
+            axes.invert_xaxis()
     panels[0].set_yticks(range(len(models)), [display_name(name) for name, _ in models])
     panels[0].set_ylim(len(models) - 0.5, -0.5)
     return figure

@@ -15,6 +15,8 @@ DISPLAY_NAMES = {
     "contrastive": "Contrastive",
 }
 
+LOWER_IS_BETTER = {"frechet", "minutes"}
+
 Rows = Sequence[Mapping[str, Any]]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from concord.model.bundle.manifest import Manifest
 from concord.training.reports.summary import (
     DISPLAY_NAMES,
+    LOWER_IS_BETTER,
     average,
     display_name,
     finished_rows,
@@ -32,7 +33,6 @@ COLUMNS = {
     "minutes": ("minutes ↓", "{:.1f}"),
 }
 """Title, with ↑ where higher and ↓ where lower is better, and number format of each score."""
-LOWER_IS_BETTER = {"frechet", "minutes"}
 
 
 def results_table(manifest: Manifest) -> str:

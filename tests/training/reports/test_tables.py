@@ -183,13 +183,17 @@ def test_write_comparisons_writes_section_and_reproducible_charts(content: dict[
     assert readme.read_text() == text
 
 
-def test_scores_figure_bars_have_the_length_of_the_scores(content: dict[str, Any]) -> None:
+def test_scores_figure_has_a_point_for_each_score_and_circles_the_best(content: dict[str, Any]) -> None:
+    content["rows"][0]["frechet"] = {"digit": {"photo": 8.0}}
     panels = scores_figure(content).axes
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["Concord", "MMVAE"]
-    lengths = [[bar.get_width() for bar in panel.patches] for panel in panels]
-    assert lengths == [pytest.approx(pair) for pair in ([0.875, 0.8], [0.6, 0.6], [0.8, 0.8], [0.3, 0.3])]
-    top, bottom = panels[0].patches
-    assert panels[0].transData.transform(top.get_xy())[1] > panels[0].transData.transform(bottom.get_xy())[1]
+    points, best = zip(*[[list(zip(*line.get_data(), strict=True)) for line in panel.lines] for panel in panels], strict=True)
+    assert [[score for score, _ in panel] for panel in points] == [
+        pytest.approx(pair) for pair in ([0.875, 0.8], [0.6, 0.6], [15.0, 8.0])
+    ]
+    assert best == ([(pytest.approx(0.875), 0)], [(pytest.approx(0.6), 0)], [(pytest.approx(8.0), 1)])
+    assert [panel.xaxis_inverted() for panel in panels] == [False, False, True]
+    assert panels[0].transData.transform(points[0][0])[1] > panels[0].transData.transform(points[0][1])[1]
 
 
 def test_write_comparisons_lists_full_budget_before_reduced_one(content: dict[str, Any], tmp_path: Path) -> None:
