@@ -273,6 +273,7 @@ def test_template_has_contrastive_learning_and_shallow_encoders_for_frozen_featu
     assert (settings.contrast.epochs, settings.contrast.batch_size) == (120, 8)
     assert settings.align.contrast_weight > 0
     assert settings.contrast.prediction > 0
+    assert settings.contrast.multimodal_weight > 0
     assert settings.objective.weights == "information"
     assert (settings.network.encoders, settings.contrast.dropout) == (encoders, dropout)
 
