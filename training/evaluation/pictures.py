@@ -27,7 +27,6 @@ PICTURE_ROWS = 1000
 """Test rows whose pictures are generated, at most."""
 NETWORK = "efficientnet-lite0"
 _BATCH_ROWS = 50
-_REAL = "real pictures"  # no modality has a space in its name
 
 
 def picture_network(config: Config) -> "FrozenEncoder | None":
@@ -67,21 +66,24 @@ def evaluate_pictures(model: TrainableModel, train: Dataset, test: Dataset, netw
         if len(names) > 2:
             sources[figure_name("others", names)] = ~singles[target]
         with torch.no_grad():
-            pictures = _generate(model, test, modality.name, target, sources)
+            real, by_source = _generate(model, test, modality.name, target, sources)
+        if len(real) < 2:
+            continue
+        real_features = None if network is None else picture_features(network, real)
         metrics = {}
-        for source, (generated, real) in pictures.items():
-            if len(real) < 2:
+        for source, (generated, rows) in by_source.items():
+            if len(rows) < 2:
                 continue
-            metrics[source] = {"rows": len(real), "sharpness": _edges(generated) / max(_edges(real), 1e-9)}
+            metrics[source] = {"rows": len(rows), "sharpness": _edges(generated) / max(_edges(real[rows]), 1e-9)}
             if source == modality.name:
-                metrics[source]["error"] = (generated - real).abs().mean().item()
-            if network is not None:
-                metrics[source]["frechet_efficientnet"] = _distance(network, generated, real)
-        if network is not None and modality.name in metrics:
-            real = pictures[modality.name][1]
+                metrics[source]["error"] = (generated - real[rows]).abs().mean().item()
+            if network is not None and real_features is not None:
+                distance = frechet_distance(picture_features(network, generated), real_features[rows.numpy()])
+                metrics[source]["frechet_efficientnet"] = distance
+        if network is not None and real_features is not None:
             others = _real_pictures(train, modality.name, target, len(real))
             if len(others) == len(real):
-                distance = _distance(network, others, real)
+                distance = frechet_distance(picture_features(network, others), real_features)
                 metrics[figure_name("training", names)] = {"rows": len(real), "frechet_efficientnet": distance}
         if metrics:
             found[modality.name] = metrics
@@ -90,10 +92,11 @@ def evaluate_pictures(model: TrainableModel, train: Dataset, test: Dataset, netw
 
 def _generate(
     model: TrainableModel, test: Dataset, name: str, target: int, sources: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the generated and the real pictures of the same rows, by source."""
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Return the real pictures and, by source, the generated ones and the numbers of the real pictures that they stand for."""
     generator = torch.Generator().manual_seed(0)
     prior = figure_name("prior", sources)
+    real: list[Tensor] = []
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {source: [] for source in (*sources, prior)}
     count = 0
     for batch in test.batches(0, min(_BATCH_ROWS, len(test)), 0, shuffle=True):
@@ -101,17 +104,20 @@ def _generate(
         rows = rows.take(slice(0, PICTURE_ROWS - count))
         if not len(rows):
             continue
-        real, masks = rows.arrays[name], [rows.present & mask for mask in sources.values()]
+        real.append(rows.arrays[name].cpu())
+        numbers = torch.arange(count, count + len(rows))
+        masks = [rows.present & mask for mask in sources.values()]
         for source, mask, q in zip(sources, masks, model.posteriors(rows.arrays, masks), strict=True):
             chosen = mask.any(1)
             z = q.sample(1, generator)[chosen, 0]
-            parts[source].append((model.decode(name, z).cpu(), real[chosen].cpu()))
-        z = model.sample_prior(torch.randn(len(rows), model.latent, generator=generator).to(real.device))
-        parts[prior].append((model.decode(name, z).cpu(), real.cpu()))
+            parts[source].append((model.decode(name, z).cpu(), numbers[chosen.cpu()]))
+        z = model.sample_prior(torch.randn(len(rows), model.latent, generator=generator).to(rows.arrays[name].device))
+        parts[prior].append((model.decode(name, z).cpu(), numbers))
         count += len(rows)
         if count == PICTURE_ROWS:
             break
-    return {s: (torch.cat([g for g, _ in found]), torch.cat([r for _, r in found])) for s, found in parts.items() if found}
+    generated = {s: (torch.cat([g for g, _ in found]), torch.cat([n for _, n in found])) for s, found in parts.items() if found}
+    return torch.cat(real) if real else torch.zeros(0), generated
 
 
 def _real_pictures(data: Dataset, name: str, target: int, count: int) -> Tensor:
@@ -127,10 +133,6 @@ def _real_pictures(data: Dataset, name: str, target: int, count: int) -> Tensor:
 def _edges(pictures: Float[Tensor, "row channel height width"]) -> float:
     """Return the mean absolute difference of adjacent pixels, horizontally plus vertically."""
     return sum(pictures.diff(dim=axis).abs().mean().item() for axis in (2, 3))
-
-
-def _distance(network: "FrozenEncoder", one: Tensor, other: Tensor) -> float:
-    return frechet_distance(picture_features(network, one), picture_features(network, other))
 
 
 def picture_features(
