@@ -248,8 +248,8 @@ def compare(
     """Train and evaluate several models, and variants of a configuration, with several seeds, and write one results file.
 
     All runs have the same data and number of epochs. An interrupted run continues, and an evaluated run is not repeated. For
-    data with pairing = "row", the results are a folder with the figures of evaluate --baselines for each model and seed.
-    `report` renders the results.
+    data with pairing = "row", the results are a folder with the figures of evaluate for each model and seed; the first run that
+    is done has those of --baselines too. `report` renders the results.
     """
     from concord.training import commands
 
