@@ -3,6 +3,8 @@
 import sys
 from importlib.metadata import entry_points
 
+from concord.model.installation import install_command
+
 
 def main() -> None:
     """Run the command line, or name the extra to install where the base install, which is the client alone, was taken.
@@ -10,8 +12,9 @@ def main() -> None:
     A command of an entry point does not load the service, whose packages would take 60 MB of memory during a training.
     """
     words = sys.argv[1:]
+    points = entry_points(group="concord.commands", name=words[0]) if words else ()
     try:
-        if points := entry_points(group="concord.commands", name=words[0]) if words else ():
+        if points:
             app = next(iter(points)).load()
         else:
             from concord.service.cli import add_commands, app  # noqa: PLC0415 - its packages come with an extra
@@ -20,7 +23,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "concord":
             raise
-        sys.exit(f"concord: {error.name} is not installed. Install the server: pip install 'concord-mvae[cpu]', or [gpu]")
+        extras, what = ("cpu,train", "Training") if points else ("cpu", "The server")
+        command = install_command(extras)
+        sys.exit(f"concord: {error.name} is not installed. {what} needs it: {command} (or gpu instead of cpu)")
     app(prog_name="concord")
 
 

@@ -1,16 +1,27 @@
 """What is known of one request on its way through the service: typed, in one place of the ASGI scope."""
 
 import asyncio
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from opentelemetry.trace import Span
 
 KEY = "concord"
 
 
-def _no_quota(_items: int) -> None: ...
+class ChargeQuota(Protocol):
+    """Takes items off the key's quota.
+
+    Raises:
+        Problem: 429, too few are left.
+        BlockingIOError: another process uses the quota, and ``blocking`` is False. Nothing was taken.
+    """
+
+    def __call__(self, items: int, *, blocking: bool = True) -> None: ...
+
+
+def _no_quota(items: int, *, blocking: bool = True) -> None: ...
 
 
 @dataclass(slots=True)
@@ -26,8 +37,7 @@ class RequestState:
     """The last requests came over the same connection: there is probably no other client."""
     api_key: str | None = None
     """Name of the key, for the log."""
-    charge: Callable[[int], None] = _no_quota
-    """Takes items off the key's quota; raises Problem (429) if too few are left."""
+    charge: ChargeQuota = _no_quota
     model_version: str | None = None
     error_code: str | None = None
     """One of ``errors.CODES`` if the request failed."""

@@ -57,11 +57,21 @@ def make_vae() -> MakeVAE:
     import torch
 
     from concord.model.vae.multimodal import MultimodalVAE
+    from concord.model.vae.networks import NetworkSizes
 
-    def make_vae(modalities: Sequence[Modality], *, width: int = 8, beta: float = 2.0, **options: Any) -> MultimodalVAE:
+    def make_vae(
+        modalities: Sequence[Modality],
+        *,
+        kind: type[MultimodalVAE] = MultimodalVAE,
+        width: int = 8,
+        blocks: int = 0,
+        beta: float = 2.0,
+        **options: Any,
+    ) -> MultimodalVAE:
+        sizes = NetworkSizes(latent=6, features=17, hidden=25, width=width, blocks=blocks)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            vae = MultimodalVAE(modalities, latent=6, features=17, hidden=25, width=width, beta=beta, **options)
+            vae = kind(modalities, sizes, beta=beta, **options)
             for name, weight in vae.named_parameters():
                 if name == "refiner.rates.4.weight" or name.endswith(".absent") or ".outer." in name:
                     torch.nn.init.normal_(weight, std=0.2)

@@ -12,12 +12,22 @@ from typing import Annotated, ParamSpec, get_args
 import typer
 
 from concord.model.bundle import BundleError
+from concord.model.installation import install_command
 from concord.training.config import Model
 from concord.training.errors import TrainingError
 
-MISSING_EXTRA = "PyTorch is not installed. Training needs it: pip install 'concord-mvae[cpu,train]'"
 RESULTS = Path("training/results")
-_EPILOG = None if find_spec("torch") else MISSING_EXTRA
+
+
+def _missing_torch() -> str | None:
+    """How to install what training needs. None: PyTorch is installed."""
+    if find_spec("torch"):
+        return None
+    extras = "train" if find_spec("onnxruntime") else "cpu,train"  # [gpu] may be installed, which excludes [cpu]
+    return f"PyTorch is not installed. Training needs it: {install_command(extras)}"
+
+
+_EPILOG = _missing_torch()
 
 Configuration = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, for example training/configs/digits.toml.")]
 Folder = Annotated[
@@ -59,9 +69,9 @@ def _command(name: str | None = None) -> Callable[[Callable[P, None]], Callable[
                 print(f"error: {error}", file=sys.stderr)
                 raise typer.Exit(2) from error
             except ModuleNotFoundError as error:
-                if find_spec("torch"):
+                if not (missing := _missing_torch()):
                     raise
-                print(f"error: {MISSING_EXTRA}", file=sys.stderr)
+                print(f"error: {missing}", file=sys.stderr)
                 raise typer.Exit(2) from error
             except KeyboardInterrupt:
                 print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
@@ -238,8 +248,8 @@ def compare(
     """Train and evaluate several models, and variants of a configuration, with several seeds, and write one results file.
 
     All runs have the same data and number of epochs. An interrupted run continues, and an evaluated run is not repeated. For
-    data with pairing = "row", the results are a folder with the figures of evaluate --baselines for each model and seed.
-    `report` renders the results.
+    data with pairing = "row", the results are a folder with the figures of evaluate for each model and seed; the first run that
+    is done has those of --baselines too. `report` renders the results.
     """
     from concord.training import commands
 

@@ -15,7 +15,7 @@ from concord.training.config import Config
 from concord.training.data.dataset import Batch
 from concord.training.posteriors import FlowPosterior, GaussianPosterior, Posterior
 from concord.training.stages import AlignStage, ContrastStage, FlowStage, JointStage, RefinerStage, RefreshStage
-from concord.training.trainable import Stage, TrainableModel, network_arguments
+from concord.training.trainable import Stage, TrainableModel, network_sizes
 
 
 class Concord(MultimodalVAE, TrainableModel):
@@ -30,7 +30,8 @@ class Concord(MultimodalVAE, TrainableModel):
     def from_config(cls, modalities: Sequence[Modality], settings: Config) -> "Concord":
         model = cls(
             modalities,
-            **network_arguments(settings),
+            network_sizes(settings.network),
+            beta=settings.objective.beta,
             fusion=settings.network.fusion,
             couplings=settings.flow.couplings if settings.flow.epochs else 0,
             spread=settings.flow.spread,

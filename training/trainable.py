@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,7 @@ from concord.model.vae import gaussian
 from concord.model.vae.gaussian import Gaussian
 from concord.model.vae.generative import Arrays, Generative
 from concord.model.vae.multimodal import MultimodalVAE
+from concord.model.vae.networks import NetworkSizes
 from concord.training import config
 from concord.training.data.dataset import Batch, Dataset
 from concord.training.distributed import Noise
@@ -157,15 +158,13 @@ class TrainableModel(Generative, ABC):
         raise TypeError(f"{type(self).__name__} cannot be exported")
 
 
-def network_arguments(settings: config.Config) -> dict[str, Any]:
-    """Return the constructor arguments that all models share: network sizes and beta."""
-    network = settings.network
-    return {
-        "latent": network.latent,
-        "features": network.features,
-        "hidden": network.hidden,
-        "width": network.width,
-        "blocks": network.blocks,
-        "shallow": network.encoders == "shallow",
-        "beta": settings.objective.beta,
-    }
+def network_sizes(network: config.Network) -> NetworkSizes:
+    """Return the sizes of the networks of a model."""
+    return NetworkSizes(
+        latent=network.latent,
+        features=network.features,
+        hidden=network.hidden,
+        width=network.width,
+        blocks=network.blocks,
+        shallow=network.encoders == "shallow",
+    )

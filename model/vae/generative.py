@@ -14,7 +14,7 @@ from concord.model.token_sampling import sample_tokens
 from concord.model.vae.gaussian import Gaussian, kl, sample
 from concord.model.vae.likelihood import expectation, log_likelihood
 from concord.model.vae.masked import is_tracing, run_present
-from concord.model.vae.networks import ImageDecoder, ModalityModules, WordsDecoder, decoder, initialise
+from concord.model.vae.networks import ImageDecoder, ModalityModules, NetworkSizes, WordsDecoder, decoder, initialise
 from concord.model.vae.sequence_decoder import SequenceDecoder
 
 Arrays = Mapping[str, Shaped[Tensor, "batch ..."]]
@@ -48,19 +48,12 @@ class Generative(nn.Module):
         self.beta = beta
         self.weights = resolve_weights(modalities)
 
-    def build_decoders(self, *, hidden: int, width: int, blocks: int = 0) -> None:
+    def build_decoders(self, sizes: NetworkSizes) -> None:
         """Create one decoder for each modality, see ``networks.decoder``.
 
         The weights are sampled from torch's global generator, so they depend on the order of initialisations.
-
-        Args:
-            hidden: size of the hidden layers.
-            width: channels before the last convolution, see ``networks.decoder``.
-            blocks: residual blocks at each resolution of an image, see ``networks.decoder``.
         """
-        self.decoders = ModalityModules(
-            {m.name: decoder(m, self.latent, hidden, width, blocks=blocks) for m in self.modalities}
-        )
+        self.decoders = ModalityModules({m.name: decoder(m, sizes) for m in self.modalities})
         for network in self.decoders.values():
             initialise(network)
 

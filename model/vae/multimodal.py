@@ -11,6 +11,7 @@ from concord.model.vae import gaussian
 from concord.model.vae.flow import Flow
 from concord.model.vae.gaussian import Gaussian
 from concord.model.vae.generative import Arrays, Generative
+from concord.model.vae.networks import NetworkSizes
 from concord.model.vae.posterior import ENCODERS, Fusion, SetEncoder
 from concord.model.vae.refiner import Refiner
 
@@ -20,14 +21,9 @@ class MultimodalVAE(Generative):
 
     Args:
         modalities: what the encoders read and the decoders generate.
-        latent: size of z.
-        features: size of the features of one modality, see ``SetEncoder``.
-        width: channels of the image networks, see ``SetEncoder``.
-        hidden: width of the hidden layers of fusion, refiner and decoders.
+        sizes: of encoders and decoders. Refiner and flow have ``hidden`` units in their hidden layers, too.
         beta: weight of the KL term (Higgins et al. 2017).
         fusion: kind of aligned encoder. ``set``: one network for all subsets. ``product``: a product of experts.
-        shallow: whether both encoders have few layers, see ``SetEncoder``.
-        blocks: residual blocks at each resolution of image encoders and decoders, see ``networks``.
         couplings: number of couplings of the flow that transforms samples. 0: no flow, samples are Gaussian.
         spread: standard deviation of the base noise of the flow, in (0, 1]. Training uses 1. Smaller values concentrate the
             samples where the density is high (reduced temperature: Kingma & Dhariwal 2018, section 6).
@@ -36,25 +32,19 @@ class MultimodalVAE(Generative):
     def __init__(
         self,
         modalities: Sequence[Modality],
+        sizes: NetworkSizes,
         *,
-        latent: int,
-        features: int,
-        hidden: int,
-        width: int,
         beta: float,
         fusion: Fusion = "set",
-        shallow: bool = False,
-        blocks: int = 0,
         couplings: int = 0,
         spread: float = 1.0,
     ) -> None:
-        super().__init__(modalities, latent=latent, beta=beta)
-        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
-        self.joint = SetEncoder(modalities, **sizes, shallow=shallow)
-        self.aligned = ENCODERS[fusion](modalities, **sizes, shallow=shallow)
-        self.refiner = Refiner(latent=latent, hidden=hidden, beta=beta)
-        self.build_decoders(hidden=hidden, width=width, blocks=blocks)
-        self.flow = Flow(latent=latent, hidden=hidden, couplings=couplings) if couplings else None
+        super().__init__(modalities, latent=sizes.latent, beta=beta)
+        self.joint = SetEncoder(modalities, sizes)
+        self.aligned = ENCODERS[fusion](modalities, sizes)
+        self.refiner = Refiner(latent=sizes.latent, hidden=sizes.hidden, beta=beta)
+        self.build_decoders(sizes)
+        self.flow = Flow(latent=sizes.latent, hidden=sizes.hidden, couplings=couplings) if couplings else None
         self.spread = spread
 
     def sample(self, posterior: Gaussian, noise: Float[Tensor, "batch sample latent"]) -> Float[Tensor, "batch sample latent"]:

@@ -5,6 +5,7 @@ A spectrogram has the networks of a grey image.
 
 import math
 from collections.abc import ItemsView, Iterator, KeysView
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -24,6 +25,25 @@ GROUPS = 8  # group normalisation in image networks, per row (Wu & He 2018)
 SCALE_GAIN = 10.0  # change of the logarithm of a learned scale with its weight, which Adam moves by about the learning rate
 MIN_SCALE = 1 / 256  # of a learned scale: the distance of two levels of a pixel; without a bound, flat images drive it to 0
 WORD_FEATURES = 64  # size of a word's vector, in the encoder and in the decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSizes:
+    """Sizes of the encoders and decoders of a model."""
+
+    latent: int
+    """Dimensions of z."""
+    features: int
+    """Outputs of the encoder trunk of one modality."""
+    hidden: int
+    """Units of the hidden layers of fusion and decoders."""
+    width: int
+    """Channels of an image network at the resolution of the image. They double at each halving, at most ``MAX_DOUBLINGS``
+    times."""
+    blocks: int = 0
+    """Residual blocks at each resolution of an image network below that of the image."""
+    shallow: bool = False
+    """Whether numbers, attributes, classes and characters pass one encoder layer instead of two, and fusions are linear."""
 
 
 class ModalityModules(nn.ModuleDict):
@@ -63,17 +83,11 @@ class ModalityModules(nn.ModuleDict):
         return self._PREFIX + key if key in self._ATTRIBUTES else key
 
 
-def encoder(modality: Modality, features: int, width: int, *, shallow: bool = False, blocks: int = 0) -> nn.Module:
-    """Encoder trunk of a modality: network from (batch, *shape) to (batch, features).
-
-    Args:
-        blocks: residual blocks after each convolution that halves an image.
-        features: size of the output.
-        shallow: whether numbers, attributes, classes and characters pass one layer instead of two.
-        width: channels of the first convolution. They double each time the image is halved, at most ``MAX_DOUBLINGS`` times.
-    """
+def encoder(modality: Modality, sizes: NetworkSizes) -> nn.Module:
+    """Encoder trunk of a modality: network from (batch, *shape) to (batch, features)."""
+    features, shallow = sizes.features, sizes.shallow
     if isinstance(modality, ImageModality | AudioModality):
-        return _image_encoder(modality, features, width, blocks)
+        return image_encoder(modality, features, sizes.width, sizes.blocks)
     if isinstance(modality, TextModality) and modality.unit != "character":
         return _WordsEncoder(modality, features)
     if isinstance(modality, TextModality | CategoricalModality):
@@ -82,18 +96,13 @@ def encoder(modality: Modality, features: int, width: int, *, shallow: bool = Fa
     return nn.Sequential(*_layers(math.prod(modality.shape), features, shallow), nn.SiLU())
 
 
-def decoder(modality: Modality, latent: int, hidden: int, width: int, *, blocks: int = 0) -> nn.Module:
+def decoder(modality: Modality, sizes: NetworkSizes) -> nn.Module:
     """Decoder of a modality: network from z (batch, latent) to the raw output of ``likelihood``, (batch, *shape), for text and
     classes (batch, *shape, category). Of a text with the autoregressive likelihood: a ``SequenceDecoder``.
-
-    Args:
-        blocks: residual blocks of an image decoder at each resolution below that of the image.
-        latent: size of z.
-        hidden: size of the hidden layers.
-        width: channels before the last convolution. Towards z they double at each halving, at most ``MAX_DOUBLINGS`` times.
     """
     if isinstance(modality, ImageModality | AudioModality):
-        return ImageDecoder(modality, latent, hidden, width, blocks)
+        return ImageDecoder(modality, sizes)
+    latent, hidden = sizes.latent, sizes.hidden
     shape = modality.shape
     if isinstance(modality, TextModality) and modality.likelihood == "autoregressive":
         return SequenceDecoder(modality, latent, hidden)
@@ -158,7 +167,8 @@ def _channels(width: int, level: int) -> int:
     return width << min(level, MAX_DOUBLINGS)
 
 
-def _image_encoder(modality: ImageModality | AudioModality, features: int, width: int, blocks: int) -> nn.Module:
+def image_encoder(modality: ImageModality | AudioModality, features: int, width: int, blocks: int = 0) -> nn.Module:
+    """Encoder trunk of an image or a spectrogram, see ``NetworkSizes``: (batch, channel, height, width) to (batch, feature)."""
     layers: list[nn.Module] = []
     channels, height, side = modality.shape
     for level in range(_halvings(modality)):
@@ -189,24 +199,25 @@ class ImageDecoder(nn.Module):
     Residual blocks come before each doubling. All information passes z: nothing of an encoder reaches the decoder.
     """
 
-    def __init__(self, modality: ImageModality | AudioModality, latent: int, hidden: int, width: int, blocks: int) -> None:
+    def __init__(self, modality: ImageModality | AudioModality, sizes: NetworkSizes) -> None:
         super().__init__()
+        width = sizes.width
         levels = _halvings(modality)
         channels, self.height, self.width = modality.shape
         coarse = (_channels(width, levels - 1), math.ceil(self.height / 2**levels), math.ceil(self.width / 2**levels))
         layers: list[nn.Module] = [
-            nn.Linear(latent, hidden),
+            nn.Linear(sizes.latent, sizes.hidden),
             nn.SiLU(),
-            nn.Linear(hidden, math.prod(coarse)),
+            nn.Linear(sizes.hidden, math.prod(coarse)),
             nn.SiLU(),
             nn.Unflatten(1, coarse),
         ]
         for level in reversed(range(levels)):
             before = _channels(width, level)
-            layers += [ResidualBlock(before) for _ in range(blocks)]
+            layers += [ResidualBlock(before) for _ in range(sizes.blocks)]
             if level:
                 after = _channels(width, level - 1)
-                layers += [_Doubled(before, after) if blocks else nn.ConvTranspose2d(before, after, 4, 2, 1), nn.SiLU()]
+                layers += [_Doubled(before, after) if sizes.blocks else nn.ConvTranspose2d(before, after, 4, 2, 1), nn.SiLU()]
         self.layers = nn.Sequential(*layers, _ToPixels(width, raw_channels(modality)))
         # The grid doubles in each layer. Pixels beyond the image's size are cropped evenly from both sides.
         self.top = (coarse[1] * 2**levels - self.height) // 2

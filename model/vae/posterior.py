@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from concord.model.modality import Modality
 from concord.model.vae.gaussian import Gaussian, bounded
 from concord.model.vae.masked import is_tracing, run_present
-from concord.model.vae.networks import ModalityModules, encoder, initialise
+from concord.model.vae.networks import ModalityModules, NetworkSizes, encoder, initialise
 from concord.model.vae.product_of_experts import product
 
 POSTERIOR_SCALE = 0.3  # standard deviation of the initial output: posteriors start near the prior, but not equal to it
@@ -25,32 +25,14 @@ class SetEncoder(nn.Module):
     The features of an absent modality are replaced by a learned vector, by selection and not by multiplication, so that filler
     (possibly NaN) has no effect. The model has two: the joint encoder sees all modalities of a training row; the
     aligned encoder learns to predict the refined joint posterior from any subset of them.
-
-    Args:
-        latent: size of z.
-        features: size of each modality's feature vector.
-        hidden: size of the two hidden layers of the fusion.
-        width: see ``networks.encoder``.
-        shallow: whether the fusion is linear and the trunks are shallow, see ``networks.encoder``.
-        blocks: see ``networks.encoder``.
     """
 
-    def __init__(
-        self,
-        modalities: Sequence[Modality],
-        *,
-        latent: int,
-        features: int,
-        hidden: int,
-        width: int,
-        shallow: bool = False,
-        blocks: int = 0,
-    ) -> None:
+    def __init__(self, modalities: Sequence[Modality], sizes: NetworkSizes) -> None:
         super().__init__()
         self.names = [m.name for m in modalities]
-        self.trunks = ModalityModules({m.name: encoder(m, features, width, shallow=shallow, blocks=blocks) for m in modalities})
-        self.absent = nn.Parameter(torch.zeros(len(modalities), features))
-        self.fusion = _head(len(modalities) * features, hidden, latent, shallow)
+        self.trunks = ModalityModules({m.name: encoder(m, sizes) for m in modalities})
+        self.absent = nn.Parameter(torch.zeros(len(modalities), sizes.features))
+        self.fusion = _head(len(modalities) * sizes.features, sizes)
         for trunk in self.trunks.values():
             initialise(trunk)
         initialise(self.fusion, last=POSTERIOR_SCALE)
@@ -117,21 +99,11 @@ class ProductEncoder(nn.Module):
     the contribution of a modality does not depend on which others are present.
     """
 
-    def __init__(
-        self,
-        modalities: Sequence[Modality],
-        *,
-        latent: int,
-        features: int,
-        hidden: int,
-        width: int,
-        shallow: bool = False,
-        blocks: int = 0,
-    ) -> None:
+    def __init__(self, modalities: Sequence[Modality], sizes: NetworkSizes) -> None:
         super().__init__()
         self.names = [m.name for m in modalities]
-        self.trunks = ModalityModules({m.name: encoder(m, features, width, shallow=shallow, blocks=blocks) for m in modalities})
-        self.heads = ModalityModules({m.name: _head(features, hidden, latent, shallow) for m in modalities})
+        self.trunks = ModalityModules({m.name: encoder(m, sizes) for m in modalities})
+        self.heads = ModalityModules({m.name: _head(sizes.features, sizes) for m in modalities})
         for trunk, head in zip(self.trunks.values(), self.heads.values(), strict=True):
             initialise(trunk)
             initialise(head, last=POSTERIOR_SCALE)
@@ -184,8 +156,9 @@ class ProductEncoder(nn.Module):
 ENCODERS: dict[Fusion, type[SetEncoder] | type[ProductEncoder]] = {"set": SetEncoder, "product": ProductEncoder}
 
 
-def _head(inputs: int, hidden: int, latent: int, shallow: bool) -> nn.Sequential:
-    if shallow:
+def _head(inputs: int, sizes: NetworkSizes) -> nn.Sequential:
+    latent, hidden = sizes.latent, sizes.hidden
+    if sizes.shallow:
         return nn.Sequential(nn.Linear(inputs, 2 * latent))
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 2 * latent)

@@ -5,7 +5,7 @@ import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -126,18 +126,19 @@ async def parse_with(request: Request, size: int, load: Callable[[int], RawReque
     registry: ModelRegistry = app.registry
     parsers: Parsers = app.parsers
     pool: ParsePool = app.parse_pool
-    charge = state_of(request.scope).charge
+    state = state_of(request.scope)
 
     def work(wanted: StillWanted, *, allow_blocking: bool = True) -> ParsedRequest[O]:
         raw = load(parsers.max_values(registry))
         model = choose(registry, raw.options.model)
         parser = parsers.of(model)
+        charge = partial(state.charge, blocking=allow_blocking)
         items = parser.parse_items(raw.items(parser), raw.pointer, charge, wanted, allow_blocking=allow_blocking)
         return ParsedRequest(model, raw.options, items, time.perf_counter() - started)
 
     started = time.perf_counter()
     if size <= INLINE_BYTES:
-        with contextlib.suppress(WouldBlock):
+        with contextlib.suppress(WouldBlock, BlockingIOError):
             return work(lambda: True, allow_blocking=False)
     return await pool.parse(work)
 

@@ -184,13 +184,11 @@ class deadline:  # noqa: N801 - a context manager
 
     def __init__(self, request: Request) -> None:
         settings: Settings = request.app.state.settings
-        self._limit = settings.request_timeout_ms
-        if any(name == TIMEOUT_HEADER for name, _ in request.scope["headers"]):
-            requested = header(request.scope, TIMEOUT_HEADER)
-            if not (requested.isascii() and requested.isdigit() and int(requested[:16]) > 0):
-                detail = f"X-Request-Timeout-Ms must be a positive whole number, received {requested[:32]!r}"
-                raise Problem("invalid_value", detail)
-            self._limit = min(self._limit, int(requested[:16]))
+        requested = header(request.scope, TIMEOUT_HEADER, default=str(settings.request_timeout_ms))
+        if not (requested.isascii() and requested.isdigit() and int(requested[:16]) > 0):
+            detail = f"X-Request-Timeout-Ms must be a positive whole number, received {requested[:32]!r}"
+            raise Problem("invalid_value", detail)
+        self._limit = min(settings.request_timeout_ms, int(requested[:16]))
         self._timeout = asyncio.timeout(self._limit / 1000)
 
     async def __aenter__(self) -> float:

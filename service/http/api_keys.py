@@ -46,7 +46,7 @@ class ApiKeysError(ValueError):
 class Level(Protocol):
     """Items left in a bucket, and when it was filled, in seconds on the monotonic clock."""
 
-    def locked(self) -> contextlib.AbstractContextManager[Any]: ...
+    def locked(self, *, blocking: bool) -> contextlib.AbstractContextManager[Any]: ...
     def read(self) -> tuple[float, float]: ...
     def write(self, level: float, filled: float) -> None: ...
 
@@ -58,7 +58,8 @@ class OwnLevel:
         self._value = level, filled
         self._lock = threading.RLock()
 
-    def locked(self) -> threading.RLock:
+    def locked(self, *, blocking: bool) -> threading.RLock:
+        del blocking  # no thread has it for longer than microseconds
         return self._lock
 
     def read(self) -> tuple[float, float]:
@@ -87,22 +88,28 @@ class TokenBucket:
             own = sha256(identity + struct.pack("<dd", rate, self._most)).digest()[:8]
             self._level = shared.of(own, self._most, monotonic())
 
-    def take(self, items: int) -> int:
+    def take(self, items: int, *, blocking: bool = True) -> int:
         """Take all of them or none.
+
+        Args:
+            blocking: whether to wait while another process takes from the same bucket.
 
         Returns:
             0 if they were taken, else the milliseconds until they could be.
+
+        Raises:
+            BlockingIOError: it would have to wait, and ``blocking`` is False.
         """
-        with self._level.locked():
+        with self._level.locked(blocking=blocking):
             level, now = self._refill()
             wait = self._wait_ms(items, level)
             if not wait:
                 self._level.write(level - items, now)
             return wait
 
-    def wait_ms(self, items: int) -> int:
-        """Milliseconds until so many items could be taken."""
-        with self._level.locked():
+    def wait_ms(self, items: int, *, blocking: bool = True) -> int:
+        """Milliseconds until so many items could be taken. ``blocking`` as in ``take``."""
+        with self._level.locked(blocking=blocking):
             return self._wait_ms(items, self._refill()[0])
 
     def _refill(self) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Access control: the Host header, the API key and its quota, checked before the body is read."""
 
+import asyncio
 from collections.abc import Collection
 from functools import partial
 
@@ -43,19 +44,22 @@ class Authentication:
         app = self.app
         if scope["type"] == "http" and scope["path"] not in self.open_paths:
             try:
-                self._authenticate(scope)
+                key = self._authenticate(scope)
+                if key is not None and scope["method"] == "POST":
+                    await _check_quota(key)
             except Problem as problem:
                 app = respond(scope, problem)
         await app(scope, receive, send)
 
-    def _authenticate(self, scope: Scope) -> None:
+    def _authenticate(self, scope: Scope) -> ApiKey | None:
+        """The key of the request. None: it needs none."""
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
             raise Problem("bad_request", f"a request has one Host header, received {len(hosts)}")
         if self.hosts and (not hosts or _host(hosts[0]) not in self.hosts):
             raise Problem("bad_request", "the name in the Host header is not one of this server")
         if self.keys is None or scope["path"] in self.keyless:
-            return
+            return None
         scheme, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not presented.strip():
             raise Problem("missing_key", "an API key is needed: send Authorization: Bearer <key>", headers=CHALLENGE)
@@ -66,19 +70,31 @@ class Authentication:
         state = state_of(scope)
         state.api_key = key.name
         state.charge = partial(_charge, key)
-        if scope["method"] == "POST":
-            _charge(key, 0)
+        return key
 
 
-def _charge(key: ApiKey, items: int) -> None:
+async def _check_quota(key: ApiKey) -> None:
+    """Check that at least one item is left.
+
+    Raises:
+        Problem: 429, none is.
+    """
+    try:
+        _charge(key, 0, blocking=False)
+    except BlockingIOError:
+        await asyncio.to_thread(_charge, key, 0)
+
+
+def _charge(key: ApiKey, items: int, *, blocking: bool = True) -> None:
     """Take items off the key's quota.
 
     Raises:
         Problem: 429, fewer are left; for 0 items, not even one is left.
+        BlockingIOError: another process uses the quota, and ``blocking`` is False.
     """
     if key.quota is None:
         return
-    if wait := key.quota.take(items) if items else key.quota.wait_ms(1):
+    if wait := key.quota.take(items, blocking=blocking) if items else key.quota.wait_ms(1, blocking=blocking):
         detail = f"the quota of {key.name} is {key.quota.rate:g} items a second: wait {wait} ms"
         raise Problem("quota_exceeded", detail, retry_after_ms=wait)
 

@@ -1,6 +1,7 @@
 """Quotas that several processes count together, in memory that they share.
 
-A lock of the kernel guards each quota. It costs a few microseconds, and the kernel frees it when its process is killed.
+A lock of the kernel guards each quota. It costs a few microseconds, and the kernel frees it when its process is killed. A
+process that is stopped keeps it. So the event loop only tries to get the lock, and a thread waits for it.
 """
 
 import contextlib
@@ -27,7 +28,9 @@ class SharedLevels:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, SLOTS * _SLOT.size)
-        self._lock = threading.RLock()  # the kernel's locks are of processes, not of threads
+        # The kernel's locks are of processes, not of threads. A process that has one and waits for another could look like a
+        # deadlock to the kernel, so threads take them one at a time.
+        self._lock = threading.RLock()
 
     @classmethod
     def create(cls) -> "SharedLevels":
@@ -57,18 +60,27 @@ class SharedLevels:
         raise QuotasFullError(f"{SLOTS} different quotas were read since the service started: restart it")
 
     @contextlib.contextmanager
-    def _locked(self, offset: int, size: int) -> Iterator[None]:
-        fcntl.lockf(self.descriptor, fcntl.LOCK_EX, size, offset)
+    def _locked(self, offset: int, size: int, blocking: bool = True) -> Iterator[None]:
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB), size, offset)
         try:
             yield
         finally:
             fcntl.lockf(self.descriptor, fcntl.LOCK_UN, size, offset)
 
     @contextlib.contextmanager
-    def locked(self, offset: int) -> Iterator[None]:
-        """The slot at this offset belongs to this thread inside this context."""
-        with self._lock, self._locked(offset, _SLOT.size):
-            yield
+    def locked(self, offset: int, *, blocking: bool) -> Iterator[None]:
+        """The slot at this offset belongs to this thread inside this context.
+
+        Raises:
+            BlockingIOError: it belongs to another thread or process, and ``blocking`` is False.
+        """
+        if not self._lock.acquire(blocking=blocking):
+            raise BlockingIOError
+        try:
+            with self._locked(offset, _SLOT.size, blocking):
+                yield
+        finally:
+            self._lock.release()
 
     def read(self, offset: int) -> tuple[float, float]:
         """Level, and when it was filled."""
@@ -86,8 +98,8 @@ class SharedLevel:
         self._levels = levels
         self._offset = offset
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
-        return self._levels.locked(self._offset)
+    def locked(self, *, blocking: bool) -> contextlib.AbstractContextManager[None]:
+        return self._levels.locked(self._offset, blocking=blocking)
 
     def read(self) -> tuple[float, float]:
         return self._levels.read(self._offset)

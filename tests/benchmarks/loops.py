@@ -127,16 +127,16 @@ def refine_with_torch(seconds: float) -> dict[str, float]:
     from concord.model.vae.gaussian import Gaussian, standard_like  # noqa: PLC0415
     from concord.model.vae.multimodal import MultimodalVAE  # noqa: PLC0415
     from concord.training import config_file  # noqa: PLC0415
-    from concord.training.trainable import network_arguments  # noqa: PLC0415
+    from concord.training.trainable import network_sizes  # noqa: PLC0415
 
     torch.set_num_threads(1)
     runtime = Runtime.load(bundle.builtin(bundle.DEFAULT_BUNDLE), threads=1)
     manifest = runtime.bundle.manifest
     config = config_file.read(ROOT / "training/configs/digits.toml")
-    options: dict[str, Any] = {**network_arguments(config), "fusion": config.network.fusion}
+    options: dict[str, Any] = {"beta": manifest.beta, "fusion": config.network.fusion}
     if manifest.graphs.draw:
         options |= {"couplings": config.flow.couplings, "spread": config.flow.spread}
-    vae = MultimodalVAE(manifest.modalities, **options | {"beta": manifest.beta})
+    vae = MultimodalVAE(manifest.modalities, network_sizes(config.network), **options)
     vae.load_state_dict(load_file(runtime.bundle.path / bundle.WEIGHTS))
     vae.eval().requires_grad_(False)
     inputs, present, _, anchor, noise = _refine_arguments(runtime, 1)

@@ -1,8 +1,8 @@
 """Export of a bundle with random weights: ``python -m tests.benchmarks.untrained LATENT MODALITIES FOLDER``."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -10,7 +10,7 @@ from concord.model.modality import BinaryModality, CategoricalModality, ImageMod
 from concord.model.vae.export import export_bundle
 from concord.model.vae.multimodal import MultimodalVAE
 from concord.training import config_file
-from concord.training.trainable import network_arguments
+from concord.training.trainable import network_sizes
 from tests.support.server import ROOT
 
 # Images have a Gaussian likelihood. The gradient of a Laplace likelihood changes its sign where the mean equals the pixel. With
@@ -39,8 +39,7 @@ def main(latent: int, modalities: int, folder: Path) -> None:
     torch.manual_seed(0)
     settings = config_file.read(ROOT / "training/configs/digits.toml")
     chosen = MODALITIES[:modalities]
-    options: dict[str, Any] = {**network_arguments(settings), "latent": latent, "beta": 10.0}
-    vae = MultimodalVAE(chosen, **options)
+    vae = MultimodalVAE(chosen, replace(network_sizes(settings.network), latent=latent), beta=10.0)
     provenance = {
         "created": "2026-01-01T00:00:00+00:00",
         "code_revision": "unknown",

@@ -13,6 +13,7 @@ from concord.model import bundle
 from concord.model.runtime import Runtime
 from concord.service.app import create
 from concord.service.http.server import Server, bind
+from concord.service.http.shared_quotas import SharedLevels
 from concord.service.settings import Settings
 from tests.support.images import to_base64
 from tests.support.server import ROOT
@@ -28,10 +29,10 @@ def serve(runtime: Runtime) -> Callable[..., contextlib.AbstractContextManager[h
     """``with serve(max_items=2) as client``: a server with these settings, for the given runtimes or the built-in one."""
 
     @contextlib.contextmanager
-    def serve(*runtimes: Runtime, **options: Any) -> Iterator[httpx.Client]:
+    def serve(*runtimes: Runtime, quotas: SharedLevels | None = None, **options: Any) -> Iterator[httpx.Client]:
         settings = Settings(**options)
         admin_listener = bind("127.0.0.1", settings.admin_port) if settings.admin_port is not None else None
-        app = create(runtimes or [runtime], settings, admin_listener)
+        app = create(runtimes or [runtime], settings, admin_listener, quotas=quotas)
         listener = bind("127.0.0.1", 0)
         server = Server(app, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from concord.model.modality import ImageModality, TextModality
+from concord.model.vae.networks import NetworkSizes
 from concord.training.baselines.jmvae import JMVAE
 from concord.training.data.dataset import Batch
 from concord.training.models import MODELS
@@ -16,6 +17,7 @@ pytest.importorskip("pythae", reason="the library MultiVae is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the library
 
 ROWS = 16
+SIZES = NetworkSizes(latent=6, features=17, hidden=25, width=8)
 MODALITIES = (
     ImageModality(name="digit", channels=1, height=8, width=8, likelihood="bernoulli"),
     ImageModality(name="photo", channels=3, height=8, width=8, likelihood="laplace", scale=0.75),
@@ -35,7 +37,7 @@ def _restore_validation() -> Iterator[None]:
 def model(request: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return MODELS[request.param](MODALITIES, latent=6, features=17, hidden=25, width=8, beta=2.5)
+        return MODELS[request.param](MODALITIES, SIZES, beta=2.5)
 
 
 def test_loss_and_gradients_equal_those_of_the_library(model: Any, make_rows: Any, monkeypatch: Any) -> None:

@@ -1,8 +1,9 @@
 """Small generated data, configurations and runs for the training tests. No file is stored or downloaded."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from typer.testing import CliRunner
 
@@ -33,15 +33,7 @@ def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def make_vae(make_vae: Callable[..., Any]) -> Callable[..., Concord]:
     """The models of the parent fixture, with the same weights, as ``Concord``."""
-
-    def make_concord(modalities: Sequence[Modality], *, width: int = 8, beta: float = 2.0, **options: Any) -> Concord:
-        weights = make_vae(modalities, width=width, beta=beta, **options).state_dict()
-        with torch.random.fork_rng():
-            model = Concord(modalities, latent=6, features=17, hidden=25, width=width, beta=beta, **options)
-        model.load_state_dict(weights)
-        return model.eval().requires_grad_(False)
-
-    return make_concord
+    return partial(make_vae, kind=Concord)
 
 
 @pytest.fixture(scope="session")

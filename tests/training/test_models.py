@@ -8,13 +8,14 @@ import torch
 
 from concord.model.vae.gaussian import Gaussian, standard_like
 from concord.model.vae.multimodal import MultimodalVAE
+from concord.model.vae.networks import NetworkSizes
 from concord.training import config
 from concord.training.concord import Concord
 from concord.training.config import DEFAULT_MODEL, Config
 from concord.training.data.dataset import Batch
 from concord.training.models import MODELS
 from concord.training.posteriors import GaussianPosterior
-from concord.training.trainable import TrainableModel
+from concord.training.trainable import TrainableModel, network_sizes
 
 ROWS = 3
 BASELINES = [name for name in MODELS if name != DEFAULT_MODEL]
@@ -43,15 +44,11 @@ def test_concord_has_parameters_in_the_order_of_its_networks(tiny_modalities: An
     """Checkpoints and the order of random numbers depend on it."""
     settings = make_config(flow={"epochs": 1, "couplings": 2, "spread": 0.5}, network={"fusion": "product"})
     model = make("concord", tiny_modalities, settings)
-    network = settings.network
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = MultimodalVAE(
             tiny_modalities,
-            latent=network.latent,
-            features=network.features,
-            hidden=network.hidden,
-            width=network.width,
+            network_sizes(settings.network),
             beta=settings.objective.beta,
             fusion="product",
             couplings=2,
@@ -61,6 +58,12 @@ def test_concord_has_parameters_in_the_order_of_its_networks(tiny_modalities: An
     assert model.spread == 0.5
     assert list(model.state_dict()) == list(vae.state_dict())
     assert all(torch.equal(weight, vae.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_network_sizes_are_those_of_the_configuration() -> None:
+    network = config.Network(latent=1, features=2, hidden=3, width=4, blocks=5, encoders="shallow")
+    assert network_sizes(network) == NetworkSizes(latent=1, features=2, hidden=3, width=4, blocks=5, shallow=True)
+    assert not network_sizes(config.Network(encoders="deep")).shallow
 
 
 @pytest.mark.parametrize("name", BASELINES)

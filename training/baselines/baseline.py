@@ -11,30 +11,19 @@ from torch import Tensor
 from concord.model.modality import Modality
 from concord.model.vae.gaussian import Gaussian
 from concord.model.vae.generative import Arrays
-from concord.model.vae.networks import ModalityModules
+from concord.model.vae.networks import ModalityModules, NetworkSizes
 from concord.model.vae.posterior import SetEncoder
 from concord.training.config import Config
 from concord.training.data.dataset import Batch
 from concord.training.distributed import Noise
-from concord.training.trainable import Stage, TrainableModel, network_arguments
+from concord.training.trainable import Stage, TrainableModel, network_sizes
 
 
 class Experts(ModalityModules):
     """q(z | x_m) of each modality, from a ``SetEncoder`` over this modality: trunk and head are those of Concord."""
 
-    def __init__(
-        self,
-        modalities: Sequence[Modality],
-        *,
-        latent: int,
-        features: int,
-        hidden: int,
-        width: int,
-        shallow: bool = False,
-        blocks: int = 0,
-    ) -> None:
-        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
-        super().__init__({m.name: SetEncoder([m], **sizes, shallow=shallow) for m in modalities})
+    def __init__(self, modalities: Sequence[Modality], sizes: NetworkSizes) -> None:
+        super().__init__({m.name: SetEncoder([m], sizes) for m in modalities})
 
     def forward(self, arrays: Arrays) -> Gaussian:
         """Return mean and log variance, each (modality, batch, latent). Those of absent modalities are meaningless."""
@@ -50,32 +39,18 @@ class ExpertBaseline(TrainableModel):
 
     Args:
         modalities: what the experts read and the decoders generate.
-        latent: size of z.
-        features, hidden, width, blocks: network sizes, see ``SetEncoder`` and ``networks.decoder``.
+        sizes: of the networks.
         beta: weight of the KL term.
-        shallow: whether encoders have few layers, see ``SetEncoder``.
     """
 
-    def __init__(
-        self,
-        modalities: Sequence[Modality],
-        *,
-        latent: int,
-        features: int,
-        hidden: int,
-        width: int,
-        beta: float,
-        shallow: bool = False,
-        blocks: int = 0,
-    ) -> None:
-        super().__init__(modalities, latent=latent, beta=beta)
-        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
-        self.experts = Experts(modalities, **sizes, shallow=shallow)
-        self.build_decoders(hidden=hidden, width=width, blocks=blocks)
+    def __init__(self, modalities: Sequence[Modality], sizes: NetworkSizes, *, beta: float) -> None:
+        super().__init__(modalities, latent=sizes.latent, beta=beta)
+        self.experts = Experts(modalities, sizes)
+        self.build_decoders(sizes)
 
     @classmethod
     def from_config(cls, modalities: Sequence[Modality], settings: Config) -> "ExpertBaseline":
-        return cls(modalities, **network_arguments(settings))
+        return cls(modalities, network_sizes(settings.network), beta=settings.objective.beta)
 
     def stages(self, settings: Config) -> list[Stage]:
         """Return one stage, with the epochs of Concord's stages together."""

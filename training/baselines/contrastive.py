@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from concord.model.modality import BinaryModality, Modality, VectorModality
 from concord.model.vae.gaussian import Gaussian, sample
 from concord.model.vae.generative import Arrays
+from concord.model.vae.networks import NetworkSizes
 from concord.model.vae.posterior import SetEncoder
 from concord.training.baselines.baseline import ExpertBaseline
 from concord.training.config import Config
@@ -33,21 +34,8 @@ class Contrastive(ExpertBaseline):
     and the encoders are shallow in any case: with more layers they retrieve worse.
     """
 
-    def __init__(
-        self,
-        modalities: Sequence[Modality],
-        *,
-        latent: int,
-        features: int,
-        hidden: int,
-        width: int,
-        beta: float,
-        shallow: bool = True,
-        blocks: int = 0,
-    ) -> None:
-        del shallow
-        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
-        super().__init__(modalities, **sizes, beta=beta, shallow=True)
+    def __init__(self, modalities: Sequence[Modality], sizes: NetworkSizes, *, beta: float) -> None:
+        super().__init__(modalities, replace(sizes, shallow=True), beta=beta)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
         self.dropout = 0.5
 

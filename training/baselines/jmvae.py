@@ -9,6 +9,7 @@ from torch import Tensor
 from concord.model.modality import Modality
 from concord.model.vae.gaussian import Gaussian, kl, standard_like
 from concord.model.vae.generative import Arrays
+from concord.model.vae.networks import NetworkSizes
 from concord.model.vae.posterior import SetEncoder
 from concord.model.vae.product_of_experts import product
 from concord.training.baselines.baseline import ExpertBaseline
@@ -27,21 +28,9 @@ class JMVAE(ExpertBaseline):
     divided by the surplus priors, the extension of Senellart et al. (2023).
     """
 
-    def __init__(
-        self,
-        modalities: Sequence[Modality],
-        *,
-        latent: int,
-        features: int,
-        hidden: int,
-        width: int,
-        beta: float,
-        shallow: bool = False,
-        blocks: int = 0,
-    ) -> None:
-        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
-        super().__init__(modalities, **sizes, beta=beta, shallow=shallow)
-        self.joint = SetEncoder(modalities, **sizes, shallow=shallow)
+    def __init__(self, modalities: Sequence[Modality], sizes: NetworkSizes, *, beta: float) -> None:
+        super().__init__(modalities, sizes, beta=beta)
+        self.joint = SetEncoder(modalities, sizes)
 
     def posteriors(self, arrays: Arrays, masks: Sequence[Bool[Tensor, "batch modality"]]) -> list[Posterior]:
         experts, features = self.experts(arrays), self.joint.features(arrays)

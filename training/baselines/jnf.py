@@ -11,7 +11,7 @@ from torch import Tensor
 from concord.model.modality import Modality
 from concord.model.vae.gaussian import sample, standard_like
 from concord.model.vae.generative import Arrays
-from concord.model.vae.networks import ModalityModules, encoder, initialise
+from concord.model.vae.networks import ModalityModules, NetworkSizes, encoder, initialise
 from concord.model.vae.posterior import SetEncoder
 from concord.training.baselines.flow import ConditionalFlow
 from concord.training.baselines.hmc import hamiltonian
@@ -19,7 +19,7 @@ from concord.training.config import Config
 from concord.training.data.dataset import Batch
 from concord.training.distributed import Noise
 from concord.training.posteriors import GaussianPosterior, Posterior, log_prior
-from concord.training.trainable import Stage, TrainableModel, network_arguments
+from concord.training.trainable import Stage, TrainableModel, network_sizes
 
 COUPLINGS = 8
 HMC_STEPS = 20
@@ -37,37 +37,23 @@ class JNF(TrainableModel):
 
     Args:
         modalities: what the encoders read and the decoders generate.
-        latent: size of z.
-        features, hidden, width, blocks: network sizes, see ``SetEncoder`` and ``networks.decoder``.
+        sizes: of the networks.
         beta: weight of the KL term.
-        shallow: whether encoders have few layers, see ``SetEncoder``.
     """
 
-    def __init__(
-        self,
-        modalities: Sequence[Modality],
-        *,
-        latent: int,
-        features: int,
-        hidden: int,
-        width: int,
-        beta: float,
-        shallow: bool = False,
-        blocks: int = 0,
-    ) -> None:
-        super().__init__(modalities, latent=latent, beta=beta)
-        sizes = {"latent": latent, "features": features, "hidden": hidden, "width": width, "blocks": blocks}
-        self.joint = SetEncoder(modalities, **sizes, shallow=shallow)
-        self.build_decoders(hidden=hidden, width=width, blocks=blocks)
-        self.trunks = ModalityModules({m.name: encoder(m, features, width, shallow=shallow, blocks=blocks) for m in modalities})
+    def __init__(self, modalities: Sequence[Modality], sizes: NetworkSizes, *, beta: float) -> None:
+        super().__init__(modalities, latent=sizes.latent, beta=beta)
+        self.joint = SetEncoder(modalities, sizes)
+        self.build_decoders(sizes)
+        self.trunks = ModalityModules({m.name: encoder(m, sizes) for m in modalities})
         for trunk in self.trunks.values():
             initialise(trunk)
-        flow = {"latent": latent, "features": features, "hidden": hidden, "couplings": COUPLINGS}
+        flow = {"latent": sizes.latent, "features": sizes.features, "hidden": sizes.hidden, "couplings": COUPLINGS}
         self._flows = ModalityModules({m.name: ConditionalFlow(**flow) for m in modalities})
 
     @classmethod
     def from_config(cls, modalities: Sequence[Modality], settings: Config) -> "JNF":
-        return cls(modalities, **network_arguments(settings))
+        return cls(modalities, network_sizes(settings.network), beta=settings.objective.beta)
 
     @property
     def flows(self) -> dict[str, ConditionalFlow]:

@@ -176,8 +176,8 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
 def compare_by_row(plan: Plan, folder: Path | None, out: Path, results: Path, progress: Progress) -> dict[Key, str | None]:
     """Run the missing models, variants and seeds of data with ``pairing = "row"``, without frozen classifiers.
 
-    Writes ``results``/<name>/<model or variant>-<seed>.json, the figures of ``evaluate``. The first one has the linear
-    baselines too.
+    Writes ``results``/<name>/<model or variant>-<seed>.json, the figures of ``evaluate``. The first run that is done has the
+    linear baselines too, which need no seed: if it was evaluated without them, it is evaluated again, and not trained again.
 
     Args:
         folder: of the data, see ``dataset.load``.
@@ -196,7 +196,7 @@ def compare_by_row(plan: Plan, folder: Path | None, out: Path, results: Path, pr
     errors: dict[Key, str | None] = {}
     for done, (name, seed) in enumerate(requested, start=1):
         progress.say(f"{name}, seed {seed}: {done} of {len(requested)}")
-        path, baselines = out / f"{name}-{seed}", done == 1
+        path, baselines = out / f"{name}-{seed}", all(errors.values())
         errors[name, seed] = _run_in_subprocess(
             _fit_and_evaluate, path, plan.config_for(name, seed), folder, plan.test_rows, baselines
         )

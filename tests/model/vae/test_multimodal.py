@@ -12,6 +12,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Laplace, N
 from concord.model.modality import VectorModality
 from concord.model.vae.gaussian import Gaussian, antithetic, kl, standard_like
 from concord.model.vae.multimodal import MultimodalVAE
+from concord.model.vae.networks import NetworkSizes
 
 ROWS, SAMPLES = 4, 6
 
@@ -133,7 +134,7 @@ def linear() -> tuple[MultimodalVAE, dict[str, Tensor]]:
         VectorModality(name="a", size=3, scale=0.5, weight=1.0),
         VectorModality(name="b", size=2, scale=2.0, weight=1.7),
     ]
-    vae = MultimodalVAE(modalities, latent=4, features=8, hidden=8, width=1, beta=1.3)
+    vae = MultimodalVAE(modalities, NetworkSizes(latent=4, features=8, hidden=8, width=1), beta=1.3)
     for modality in modalities:
         vae.decoders[modality.name] = nn.Linear(4, modality.size)
     return vae.requires_grad_(False), {m.name: torch.randn(ROWS, m.size) for m in modalities}

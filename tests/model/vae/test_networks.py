@@ -1,6 +1,7 @@
 """Encoder and decoder networks: shapes for every kind of modality and for images of unusual sizes, and what they depend on."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,17 +13,19 @@ from concord.model.modality import BinaryModality, CategoricalModality, ImageMod
 from concord.model.vae import token_likelihood
 from concord.model.vae.likelihood import log_likelihood
 from concord.model.vae.multimodal import MultimodalVAE
-from concord.model.vae.networks import ModalityModules, ResidualBlock, decoder, encoder, initialise
+from concord.model.vae.networks import ModalityModules, NetworkSizes, ResidualBlock, decoder, encoder, initialise
+
+SIZES = NetworkSizes(latent=4, features=5, hidden=6, width=4)
 
 
 def check_networks(modality: Modality, raw_shape: tuple[int, ...], width: int = 2, blocks: int = 0) -> None:
     """Check the output shapes of both networks, and that each row of the output depends on its own input only."""
     dtype = torch.int64 if isinstance(modality, TextModality | CategoricalModality) else torch.float32
     x = torch.zeros(3, *modality.shape, dtype=dtype)
-    features = encoder(modality, features=5, width=width, blocks=blocks)(x)
+    features = encoder(modality, replace(SIZES, width=width, blocks=blocks))(x)
     assert features.shape == (3, 5)
     z = torch.randn(3, 4, requires_grad=True)
-    raw = decoder(modality, latent=4, hidden=6, width=width, blocks=blocks)(z)
+    raw = decoder(modality, replace(SIZES, width=width, blocks=blocks))(z)
     assert raw.shape == (3, *raw_shape)
     (gradient,) = torch.autograd.grad(raw[1].sum(), z)
     assert gradient[1].abs().sum() > 0
@@ -62,9 +65,9 @@ def test_residual_block_starts_as_the_identity_and_learns() -> None:
 def test_networks_with_blocks_treat_a_row_alike_in_any_batch(network: str) -> None:
     modality = ImageModality(name="picture", channels=3, height=20, width=16)
     if network == "encoder":
-        trunk, rows = encoder(modality, features=5, width=4, blocks=2), torch.rand(64, *modality.shape)
+        trunk, rows = encoder(modality, replace(SIZES, blocks=2)), torch.rand(64, *modality.shape)
     else:
-        trunk, rows = decoder(modality, latent=4, hidden=6, width=4, blocks=2), torch.randn(64, 4)
+        trunk, rows = decoder(modality, replace(SIZES, blocks=2)), torch.randn(64, 4)
     torch.testing.assert_close(torch.cat([trunk(rows[i : i + 1]) for i in range(64)]), trunk(rows), rtol=1e-4, atol=1e-5)
     assert trunk.train()(rows).equal(trunk.eval()(rows)), "no statistics of the batch"
 
@@ -72,8 +75,8 @@ def test_networks_with_blocks_treat_a_row_alike_in_any_batch(network: str) -> No
 def test_networks_have_the_blocks_of_every_resolution() -> None:
     modality = ImageModality(name="picture", channels=3, height=32, width=32)
     for network in (
-        encoder(modality, features=5, width=4, blocks=2),
-        decoder(modality, latent=4, hidden=6, width=4, blocks=2),
+        encoder(modality, replace(SIZES, blocks=2)),
+        decoder(modality, replace(SIZES, blocks=2)),
     ):
         blocks = [m.inner.out_channels for m in network.modules() if isinstance(m, ResidualBlock)]
         assert sorted(blocks) == [4, 4, 8, 8, 16, 16]
@@ -82,12 +85,12 @@ def test_networks_have_the_blocks_of_every_resolution() -> None:
 def test_decoder_learned_scale_starts_at_that_of_the_modality_and_stays_positive() -> None:
     for choice, scales in (("modality", 1), ("channel", 3)):
         modality = ImageModality(name="picture", channels=3, height=8, width=8, scale=0.4, learned_scale=choice)
-        network = decoder(modality, latent=4, hidden=6, width=2)
+        network = decoder(modality, replace(SIZES, width=2))
         assert network.log_scale.shape == (scales, 1, 1)
         torch.testing.assert_close(network.log_scale.exp(), torch.full((scales, 1, 1), 0.4))
         nn.init.constant_(network.scale, -100.0)
         torch.testing.assert_close(network.log_scale.exp(), torch.full((scales, 1, 1), 1 / 256))
-    assert decoder(ImageModality(name="picture", channels=3, height=8, width=8), 4, 6, 2).log_scale is None
+    assert decoder(ImageModality(name="picture", channels=3, height=8, width=8), SIZES).log_scale is None
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_networks_of_other_kinds_have_the_right_shapes(modality: Modality, raw_s
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_decoder_crops_the_middle_of_its_grid(side: tuple[int, int], top: int, left: int, blocks: int) -> None:
     modality = ImageModality(name="picture", channels=1, height=side[0], width=side[1])
-    network = decoder(modality, latent=4, hidden=6, width=2, blocks=blocks)
+    network = decoder(modality, replace(SIZES, width=2, blocks=blocks))
     z = torch.randn(2, 4)
     grid = network.layers(z)
     assert torch.equal(network(z), grid[:, :, top : top + side[0], left : left + side[1]])
@@ -125,20 +128,20 @@ def test_decoder_crops_the_middle_of_its_grid(side: tuple[int, int], top: int, l
 def test_encoder_depends_on_every_pixel(blocks: int) -> None:
     modality = ImageModality(name="picture", channels=1, height=28, width=20)
     x = torch.randn(1, *modality.shape, requires_grad=True)
-    (gradient,) = torch.autograd.grad(encoder(modality, features=5, width=2, blocks=blocks)(x).sum(), x)
+    (gradient,) = torch.autograd.grad(encoder(modality, replace(SIZES, width=2, blocks=blocks))(x).sum(), x)
     assert torch.all(gradient != 0)
 
 
 def test_encoder_distinguishes_all_texts_of_characters() -> None:
     modality = TextModality(name="word", length=2, alphabet=" abc")
-    network = encoder(modality, features=8, width=1)
+    network = encoder(modality, replace(SIZES, width=1))
     words = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     assert len(torch.unique(network(words), dim=0)) == 16
 
 
 def test_encoder_of_words_depends_on_order_but_not_on_position() -> None:
     modality = TextModality(name="title", length=6, unit="word", vocabulary=("a", "b"))
-    network = encoder(modality, features=8, width=1)
+    network = encoder(modality, replace(SIZES, width=1))
     texts = torch.tensor([[2, 3, 2, 3, 0, 0], [2, 2, 3, 3, 0, 0], [2, 3, 0, 0, 0, 0], [2, 3, 3, 0, 0, 0], [1, 3, 0, 0, 0, 0]])
     assert len(torch.unique(network(texts), dim=0)) == len(texts)
     torch.testing.assert_close(network(torch.tensor([[0, 2, 3, 0, 0, 0]])), network(torch.tensor([[0, 0, 2, 3, 0, 0]])))
@@ -146,13 +149,13 @@ def test_encoder_of_words_depends_on_order_but_not_on_position() -> None:
 
 def test_encoder_of_large_images_limits_the_channels() -> None:
     modality = ImageModality(name="picture", channels=3, height=256, width=256)
-    convolutions = [m for m in encoder(modality, features=5, width=4).modules() if isinstance(m, torch.nn.Conv2d)]
+    convolutions = [m for m in encoder(modality, SIZES).modules() if isinstance(m, torch.nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [4, 8, 16, 32, 32, 32]
 
 
 def test_encoder_channels_double_at_every_halving() -> None:
     modality = ImageModality(name="picture", channels=3, height=32, width=32)
-    convolutions = [m for m in encoder(modality, features=5, width=4).modules() if isinstance(m, torch.nn.Conv2d)]
+    convolutions = [m for m in encoder(modality, SIZES).modules() if isinstance(m, torch.nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [4, 8, 16]
 
 
@@ -192,11 +195,11 @@ def test_modality_modules_keep_the_names_of_weights() -> None:
 def test_model_with_modalities_of_any_names_is_trained_and_traced(names: list[str], fusion: str) -> None:
     """Tracing, as the export does, looks weights up by their names."""
     modalities = [VectorModality(name=name, size=1) for name in names]
-    vae = MultimodalVAE(modalities, latent=2, features=3, hidden=4, width=2, beta=1.0, fusion=fusion)
+    vae = MultimodalVAE(modalities, SIZES, beta=1.0, fusion=fusion)
     posterior = vae.aligned({name: torch.randn(5, 1) for name in names}, torch.ones(5, len(names), dtype=torch.bool))
     vae.decode(names[0], posterior.mean).sum().backward()
     assert all(trunk[0].weight.grad is not None for trunk in vae.aligned.trunks.values())
-    decoders, z = _Decode(vae), torch.randn(5, 2)
+    decoders, z = _Decode(vae), torch.randn(5, SIZES.latent)
     assert torch.equal(torch.export.export(decoders, (z,), strict=False).module()(z), decoders(z))
 
 
@@ -212,7 +215,7 @@ class _Decode(nn.Module):
 @pytest.mark.parametrize(("side", "channels"), [((40, 30), 3), ((7, 5), 1), ((2, 2), 4)])
 def test_image_decoder_last_layer_equals_a_transposed_convolution(side: tuple[int, int], channels: int) -> None:
     modality = ImageModality(name="picture", channels=channels, height=side[0], width=side[1])
-    layer = decoder(modality, latent=4, hidden=6, width=16).layers[-1]
+    layer = decoder(modality, replace(SIZES, width=16)).layers[-1]
     x = torch.randn(3, 16, 5, 4, dtype=torch.float64, requires_grad=True)
     layer.double()
     actual, expected = layer(x), nn.ConvTranspose2d.forward(layer, x)
@@ -227,7 +230,7 @@ def test_words_decoder_log_likelihood_equals_that_of_its_output(monkeypatch: pyt
     """The rows are more than one chunk. The gradients are those of z and of all weights."""
     monkeypatch.setattr(token_likelihood, "CHUNK_BYTES", 4 * 9 * 5)  # 5 of 21 positions
     modality = TextModality(name="title", length=3, unit="word", vocabulary=tuple("abcdefg"))
-    network = decoder(modality, latent=4, hidden=6, width=2)
+    network = decoder(modality, replace(SIZES, width=2))
     z, tokens = torch.randn(7, 4, requires_grad=True), torch.randint(9, (7, 3))
     inputs = [z, *network.parameters()]
     actual, expected = network.log_likelihood(z, tokens), log_likelihood(modality, network(z), tokens)

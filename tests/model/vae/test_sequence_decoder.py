@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from concord.model.modality import TextModality
-from concord.model.vae.networks import decoder, initialise
+from concord.model.vae.networks import NetworkSizes, decoder, initialise
 from concord.model.vae.sequence_decoder import SequenceDecoder
 
 LATENT = 6
@@ -21,7 +21,7 @@ def modality(request: pytest.FixtureRequest) -> TextModality:
 def network(modality: TextModality) -> SequenceDecoder:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = decoder(modality, LATENT, hidden=25, width=8)
+        network = decoder(modality, NetworkSizes(latent=LATENT, features=17, hidden=25, width=8))
         initialise(network)
     assert isinstance(network, SequenceDecoder)
     return network.requires_grad_(False)

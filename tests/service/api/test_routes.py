@@ -255,7 +255,7 @@ def test_deadline_header_above_the_servers_limit_is_capped(serve: Serve, gated: 
         gated.open()
 
 
-@pytest.mark.parametrize("header", ["0", "-1", "1.5", "soon", "\xb2"])
+@pytest.mark.parametrize("header", ["", "0", "-1", "1.5", "soon", "\xb2"])
 def test_deadline_header_that_is_not_a_positive_integer_gets_422(client: httpx.Client, header: str) -> None:
     headers = {"X-Request-Timeout-Ms": header.encode("latin-1")}
     response = client.post("/embed", json={"inputs": [{"word": "one"}]}, headers=headers)

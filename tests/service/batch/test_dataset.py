@@ -1,6 +1,8 @@
 """Parquet in, Parquet with embeddings out: the same numbers as over HTTP, complete files only, each row once."""
 
+import inspect
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from concord.service.batch.dataset import (
     resolve_columns,
     summary,
 )
+from concord.service.inference.scheduler import Scheduler
 from concord.service.settings import Settings
 from tests.support.images import noise_image
 
@@ -101,6 +104,16 @@ def test_embed_dataset_returns_what_the_service_returns(
             np.testing.assert_allclose(row["generated_vector"], generated["vector"][0]["data"], atol=1e-5)
             np.testing.assert_allclose(row["generated_binary"], list(generated["binary"][0]["data"].values()), atol=1e-5)
             assert Image.open(io.BytesIO(row["generated_image"]["bytes"])).size == (8, 8)
+
+
+def test_embed_dataset_refines_batches_of_more_rows_than_the_service(job: BatchJob, tmp_path: Path) -> None:
+    count = inspect.signature(Scheduler).parameters["max_rows"].default + 1
+    table = pa.table({"number": range(count), "sensors": [[i / count] * 5 for i in range(count)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    job = replace(job, columns={"vector": "sensors"}, targets=(), refine_steps=1, max_batch=count)
+    embedded = embed(job, tmp_path / "a.parquet", tmp_path / "output")
+    assert embedded["error"].null_count == count
+    assert embedded["embedding"].null_count == 0
 
 
 def test_plan_leaves_out_finished_parts(job: BatchJob, source: Path, tmp_path: Path) -> None:

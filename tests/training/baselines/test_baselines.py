@@ -10,6 +10,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from concord.model.modality import VectorModality
 from concord.model.vae.gaussian import Gaussian, standard_like
+from concord.model.vae.networks import NetworkSizes
 from concord.training.baselines import jmvae, mvtcae
 from concord.training.baselines.contrastive import Contrastive
 from concord.training.baselines.jnf import JNF, MEAN_SAMPLES, ProductOfFlows
@@ -21,7 +22,7 @@ from concord.training.posteriors import MixturePosterior
 
 ROWS, LATENT = 6, 6
 BETA = 2.0
-SIZES = {"latent": LATENT, "features": 9, "hidden": 11, "width": 4, "beta": BETA}
+SIZES = NetworkSizes(latent=LATENT, features=9, hidden=11, width=4)
 BASELINES = [name for name in MODELS if name != DEFAULT_MODEL]
 
 
@@ -32,7 +33,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def make(name: str, modalities: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return MODELS[name](modalities, **SIZES)
+        return MODELS[name](modalities, SIZES, beta=BETA)
 
 
 @pytest.fixture(params=BASELINES)

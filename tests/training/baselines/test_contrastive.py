@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from concord.model.modality import VectorModality
+from concord.model.vae.networks import NetworkSizes
 from concord.training import config
 from concord.training.baselines.contrastive import Contrastive
 from concord.training.data.dataset import Batch
@@ -17,7 +18,7 @@ MODALITIES = tuple(VectorModality(name=name, size=SIZE, mean=(0.0,) * SIZE, std=
 def make() -> Contrastive:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Contrastive(MODALITIES, latent=8, features=32, hidden=16, width=4, beta=1.0)
+        model = Contrastive(MODALITIES, NetworkSizes(latent=8, features=32, hidden=16, width=4), beta=1.0)
     model.dropout = 0.1
     return model
 

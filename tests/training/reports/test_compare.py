@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from concord.training import config_file
 from concord.training.cli import app
 from concord.training.errors import ConfigError
+from concord.training.progress import Progress
 from concord.training.reports import compare
 from concord.training.reports.compare import Plan, summary
 
@@ -142,6 +144,45 @@ def test_compare_by_row_writes_the_evaluation_of_each_run_and_continues(
     assert figures["concord"].keys() >= {"probe", "refinement", "linear", "training"}
     assert figures["contrastive"].keys() >= {"probe", "training"}
     assert "linear" not in figures["contrastive"], "the linear baselines have no seed: once is enough"
+
+
+def test_compare_by_row_fits_linear_baselines_for_a_first_run_that_was_evaluated_without_them(
+    write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = {"epochs": 1, "batch_size": 20}
+    config = config_file.read(write_config(tmp_path / "c.toml", joint=stage, refiner={**stage, "steps": 1}, align=stage))
+    plan, runs, results = Plan(config, ("contrastive",), (0,), None, 8), tmp_path / "runs", tmp_path / "results"
+    (runs / "contrastive-0").mkdir(parents=True)
+    compare._fit_and_evaluate(runs / "contrastive-0", plan.config_for("contrastive", 0), None, 8, baselines=False)
+    file, checkpoint = runs / "contrastive-0" / "evaluation.json", runs / "contrastive-0" / "checkpoint.pt"
+    before, trained = json.loads(file.read_text()), checkpoint.read_bytes()
+    assert "linear" not in before
+
+    monkeypatch.setattr(compare, "_run_in_subprocess", lambda function, *arguments: function(*arguments))
+    assert compare.compare_by_row(plan, None, runs, results, Progress()) == {("contrastive", 0): None}
+    figures = json.loads((results / config.name / "contrastive-0.json").read_text())
+    assert figures["linear"]
+    assert figures["probe"] == before["probe"]
+    assert checkpoint.read_bytes() == trained
+
+
+def test_compare_by_row_fits_linear_baselines_in_the_first_run_that_succeeds(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def run(_: Any, path: Path, *arguments: Any) -> str | None:
+        asked.append((path.name, arguments[-1]))
+        if path.name == "concord-0":
+            return "out of memory"
+        path.mkdir(parents=True)
+        (path / "evaluation.json").touch()
+        return None
+
+    monkeypatch.setattr(compare, "_run_in_subprocess", run)
+    plan = Plan(make_config(), ("concord", "contrastive"), (0, 1), None, 8)
+    compare.compare_by_row(plan, None, tmp_path, tmp_path / "results", Progress())
+    assert asked == [("concord-0", True), ("contrastive-0", True), ("concord-1", False), ("contrastive-1", False)]
 
 
 def test_summary_has_means_and_deviations_over_seeds(compared: Any) -> None:

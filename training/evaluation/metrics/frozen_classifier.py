@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from concord.model import codec
 from concord.model.modality import AudioModality, ImageModality, TextModality
-from concord.model.vae.networks import encoder, initialise
+from concord.model.vae.networks import image_encoder, initialise
 from concord.training.config import Config
 from concord.training.data.dataset import Dataset
 from concord.training.data.sources import UNKNOWN
@@ -36,7 +36,7 @@ class ImageClassifier(nn.Module):
 
     def __init__(self, modality: ImageModality | AudioModality, classes: int) -> None:
         super().__init__()
-        self.trunk = encoder(modality, FEATURES, WIDTH)
+        self.trunk = image_encoder(modality, FEATURES, WIDTH)
         self.head = nn.Linear(FEATURES, classes)
         initialise(self.trunk)
         initialise(self.head)
