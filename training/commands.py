@@ -31,6 +31,7 @@ from concord.training.estimate import estimate
 from concord.training.evaluation.evaluate import evaluate as figures_of
 from concord.training.evaluation.generative import evaluate_generation
 from concord.training.evaluation.metrics.frozen_classifier import frozen_classifiers
+from concord.training.evaluation.requests import STEPS, recommendation, request_scores
 from concord.training.export import FILE as EXPORT_FILE
 from concord.training.export import ExportInputs
 from concord.training.export import export as export_run
@@ -72,7 +73,7 @@ METHODS = ("birds-features-contrast", "birds-encoded", "flickr8k", "fashion", "f
 """Folders of results that compare models on retrieval and prediction, each with a section of its name."""
 GENERATED_ROWS = 2000
 """Test rows of the figures of generation in ``evaluate``."""
-REFINED_ROWS = 10_000
+REFINED_ROWS = 2000
 """Test rows of the figures of refinement in ``evaluate``. All rows of a large test split could take longer than training."""
 CHECK_SECONDS, FIT_SECONDS = 5.0, 3.0
 """Time of the steps from which ``check`` and ``fit`` estimate the training time."""
@@ -414,9 +415,19 @@ def _evaluate(
     device = resolve_device(settings.device)
     model, training, test = model.to(device), training.to(device), test.to(device)
     with EvaluationDevice(device):
-        figures = figures_of(settings, model, training, test, progress, refined_rows=REFINED_ROWS, baselines=baselines)
-        if settings.data.pairing == "class" and training.class_names:  # generated values can be classified
-            classifiers = frozen_classifiers(settings, training, run.path, progress)
+        can_classify = settings.data.pairing == "class" and training.class_names
+        classifiers = frozen_classifiers(settings, training, run.path, progress) if can_classify else {}
+        figures = figures_of(
+            settings,
+            model,
+            training,
+            test,
+            progress,
+            refined_rows=REFINED_ROWS,
+            baselines=baselines,
+            classifiers=classifiers,
+        )
+        if classifiers:
             figures |= evaluate_generation(settings, model, test, classifiers, GENERATED_ROWS, progress)
         figures["training"] = run.cost()
         run.write(EVALUATION, figures)
@@ -445,6 +456,11 @@ def _print_figures(figures: dict[str, Any]) -> None:
             f"weighted nats; it rises for {refinement['raised']:.2%} of rows, with independent evaluation noise for "
             f"{refinement['raised_fresh_noise']:.2%}"
         )
+    for title, by_step in request_scores(figures).items():
+        values = "  ".join(f"{value:.3f}" for value in by_step)
+        console.print(f"requests after {', '.join(map(str, STEPS))} steps, {title}: {values}", markup=False)
+    if sentence := recommendation(figures):
+        console.print(f"refinement of requests. {sentence}")
     for name, shares in figures.get("coverage", {}).items():
         covered = ", ".join(f"{share:.3f} in its {float(level):.0%} interval" for level, share in shares.items())
         console.print(f"refined posterior by that of {name}: {covered}", markup=False)

@@ -29,6 +29,7 @@ from concord.training.config import Config
 from concord.training.data.dataset import Dataset
 from concord.training.encoders.find import copy_files, read_files
 from concord.training.errors import RunError
+from concord.training.evaluation.requests import recommendation, request_scores
 from concord.training.gallery import describe
 from concord.training.run_data import RunData
 
@@ -249,12 +250,25 @@ def model_card(
         f"{refinement['elbo_after']:.1f} weighted nats. It rises for {refinement['raised']:.1%} of rows "
         f"({refinement['raised_fresh_noise']:.1%} with independent evaluation noise).",
         "",
+        *_request_lines(figures),
         *(f"{caption}:\n\n![Samples and their inputs]({image.name})\n" for image, caption in images.items()),
         "## Limits",
         "",
         "The model is trained on the data above only. Other inputs get an embedding too, but it has no meaning.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _request_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Return the lines on refinement steps of requests, none if the figures of an earlier version have none of them."""
+    if not (scores := request_scores(figures)):
+        return []
+    lines = ["What requests with some of the modalities get from the other ones after refinement steps. Higher is better:", ""]
+    lines += _table(
+        ["figure", *(f"step {step}" for step in figures["requests"]["steps"])],
+        [[title, *(f"{value:.3f}" for value in by_step)] for title, by_step in scores.items()],
+    )
+    return [*lines, sentence, ""] if (sentence := recommendation(figures)) else lines
 
 
 def _encoder_lines(encoders: Sequence[EncoderFiles]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from concord.model.encoder import ENCODER_NAME, Encoder
 from concord.model.modality import (
@@ -124,6 +124,20 @@ class Manifest(_Strict):
     """Every file that the service reads, by name."""
     provenance: Provenance
     metrics: dict[str, Any]
+    """Of ``evaluate``. Versions that do not know one of them read the bundle too."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _recommended_steps_are_a_number(cls, metrics: dict[str, Any]) -> dict[str, Any]:
+        steps = metrics.get("recommended_steps")
+        if steps is not None and (type(steps) is not int or steps < 0):
+            raise ValueError(f"recommended_steps must be an integer of at least 0, received {steps!r}")
+        return metrics
+
+    @property
+    def recommended_steps(self) -> int | None:
+        """Refinement steps with which requests get the best results, from ``metrics``. None: not measured."""
+        return self.metrics.get("recommended_steps")
 
     @property
     def encoder_files(self) -> list[str]:

@@ -100,10 +100,19 @@ class Generative(nn.Module):
         return next(m for m in self.modalities if m.name == name)
 
     def log_likelihoods(
-        self, arrays: Arrays, z: Float[Tensor, "batch sample latent"]
+        self, arrays: Arrays, z: Float[Tensor, "batch sample latent"], chosen: Bool[Tensor, "batch modality"] | None = None
     ) -> Float[Tensor, "batch sample modality"]:
-        """Return log p(x_m | z) of every modality in nats, without weights. Entries of absent modalities are meaningless."""
-        return torch.stack([self._log_likelihood(m, arrays[m.name], z) for m in self.modalities], dim=-1)
+        """Return log p(x_m | z) of every modality in nats, without weights. Entries of absent modalities are meaningless.
+
+        Args:
+            chosen: the modalities of each row that are computed; the other entries are zero. None: all.
+        """
+        chosen = torch.ones(len(z), len(self.modalities), dtype=torch.bool, device=z.device) if chosen is None else chosen
+        terms = [
+            run_present(partial(self._log_likelihood, m), chosen[:, i], arrays[m.name], z)
+            for i, m in enumerate(self.modalities)
+        ]
+        return torch.stack(terms, dim=-1)
 
     def text_log_likelihood(
         self, name: str, tokens: Int64[Tensor, "batch length"], z: Float[Tensor, "batch latent"]

@@ -37,6 +37,7 @@ def describe(app: FastAPI, model: ServedModel) -> dict[str, Any]:
     settings: Settings = app.state.settings
     manifest = model.manifest
     created = datetime.fromisoformat(manifest.provenance.created)
+    recommended = manifest.recommended_steps
     return {
         "id": manifest.name,
         "object": "model",
@@ -47,6 +48,7 @@ def describe(app: FastAPI, model: ServedModel) -> dict[str, Any]:
         "latent": manifest.latent,
         "modalities": [_modality(m, manifest.galleries.get(m.name)) for m in manifest.modalities],
         "capabilities": ["embed", "cross-generate", "refine"],
+        "recommended_refine_steps": None if recommended is None else min(recommended, settings.max_refine_steps),
         "limits": {
             "max_body_bytes": settings.max_body_bytes,
             "max_items": settings.max_items,

@@ -223,6 +223,10 @@ class ModelAnswer(BaseModel):
     latent: int = Field(description="Dimensions of an embedding.")
     modalities: list[dict[str, Any]]
     capabilities: list[str]
+    recommended_refine_steps: int | None = Field(
+        description="Value of refine.steps with which requests get the best results, as measured in training, at most the "
+        "limit. The default of refine.steps stays 0. Null: not measured."
+    )
     limits: dict[str, int]
     provenance: dict[str, Any]
 

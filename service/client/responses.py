@@ -189,7 +189,10 @@ class Embeddings(Response[Embedding]):
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle that is served; ``modalities``, ``limits`` and ``provenance`` as in GET /v1/models."""
+    """A bundle that is served; ``modalities``, ``limits`` and ``provenance`` as in GET /v1/models.
+
+    ``recommended_refine_steps`` is None if the bundle, or the version of the service, has no recommendation.
+    """
 
     id: str
     version: str
@@ -198,6 +201,7 @@ class Model:
     modalities: list[dict[str, Any]]
     limits: dict[str, int]
     provenance: dict[str, Any]
+    recommended_refine_steps: int | None = None
 
 
 def embeddings(response: httpx.Response) -> Embeddings:
@@ -236,7 +240,7 @@ def generations(response: httpx.Response) -> Response[Generation]:
 def models(response: httpx.Response) -> list[Model]:
     """The response of GET /v1/models."""
     names = Model.__dataclass_fields__
-    return [Model(**{name: one[name] for name in names}) for one in _accept(response)["data"]]
+    return [Model(**{name: one[name] for name in names if name in one}) for one in _accept(response)["data"]]
 
 
 def error(body: dict[str, Any], status: int, request_id: str) -> ServiceError:

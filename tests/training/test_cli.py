@@ -37,7 +37,14 @@ def test_fit_and_export_make_a_bundle_that_loads(finished: Any) -> None:
 
 
 def test_fit_and_export_print_figures_and_the_next_command(finished: Any) -> None:
-    for text in ("linear probe", "digit+photo+word", "refinement, 2 steps", "training: ", f"fit {finished.config}"[4:]):
+    for text in (
+        "linear probe",
+        "digit+photo+word",
+        "refinement, 2 steps",
+        "steps, coherence, from 1 modality: ",
+        "training: ",
+        f"fit {finished.config}"[4:],
+    ):
         assert text in finished.fit_output
     assert f"concord export {finished.config} --out {finished.folder}" in finished.fit_output
     assert f"CONCORD_BUNDLE={finished.bundle} concord" in finished.export_output
@@ -78,7 +85,7 @@ def test_evaluate_reproduces_the_figures_of_fit(finished: Any, tmp_path: Path) -
 
 
 def test_evaluation_refines_a_limited_number_of_test_rows(finished: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    assert commands.REFINED_ROWS == 10_000
+    assert commands.REFINED_ROWS == 2000
     monkeypatch.setattr(commands, "REFINED_ROWS", 10)
     monkeypatch.setattr("concord.training.evaluation.evaluate.BATCH_ROWS", 5)
     run = Path(shutil.copytree(finished.folder, tmp_path / "run"))

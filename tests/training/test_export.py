@@ -95,6 +95,20 @@ def test_card_has_the_provenance_and_metrics_of_the_manifest(manifest: Manifest,
     assert "## Limits" in card
 
 
+def test_card_has_the_figures_of_requests_and_the_recommended_steps(manifest: Manifest, finished: Any) -> None:
+    card = (finished.bundle / bundle.CARD).read_text()
+    assert manifest.recommended_steps is None  # no rows were held out
+    assert "Recommended" not in card
+    by_step = np.mean(list(manifest.metrics["requests"]["present"]["1"]["coherence"].values()), axis=0)
+    assert f"| coherence, from 1 modality | {' | '.join(f'{value:.3f}' for value in by_step)} |" in card
+    figures = {**manifest.metrics, "recommended_steps": 4}
+    figures["requests"] = {**figures["requests"], "held_out": {"rows": 70}}
+    card = export.model_card(config_file.read(finished.config), manifest.provenance.data, figures)
+    assert "\nRecommended: 4 steps, by 70 training rows that were held out.\n" in card
+    del figures["requests"], figures["recommended_steps"]
+    assert "from 1 modality" not in export.model_card(config_file.read(finished.config), manifest.provenance.data, figures)
+
+
 def test_card_shows_the_sample_grid(finished: Any) -> None:
     content = bundle.read(finished.bundle).content("grid.png")
     assert content == (finished.folder / "grid.png").read_bytes()

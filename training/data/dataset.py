@@ -243,6 +243,12 @@ class Dataset:
         kept._class_pairings, held_out._class_pairings = [one for one, _ in splits], [other for _, other in splits]
         return kept, held_out
 
+    def sample(self, count: int) -> "Dataset":
+        """Return a view of ``count`` random rows, or of all if there are fewer. The choice is the same in every run."""
+        view = copy(self)
+        view._rows = self._rows[np.sort(np.random.default_rng(0).permutation(len(self))[:count])]
+        return view
+
     def with_pairs(self) -> "Dataset":
         """Return a view of the rows that have at least two modalities.
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+import torch
+from jaxtyping import Bool, Float, Int64, Shaped
 from numpy.typing import NDArray
+from torch import Tensor
 
 from concord.model.modality import BinaryModality, CategoricalModality, Modality, VectorModality
 from concord.training.data.dataset import Dataset
@@ -21,6 +23,9 @@ RETRIEVAL_ROWS = 1000
 """Largest size of a gallery."""
 PREDICTED_ROWS = 10_000
 """Test rows whose attributes, classes and vectors are predicted, at least."""
+
+PREDICTION_SAMPLES = 32
+"""Samples of a posterior over which decoded attributes and numbers are averaged."""
 
 Rows = NDArray[np.intp]
 Embed = Callable[[str, str, Rows], tuple[Float[np.ndarray, "row latent"], Float[np.ndarray, "row latent"]] | None]
@@ -61,7 +66,7 @@ class CrossModalRows:
         """Return {query: {gallery: {rows, recall@k, median_rank}}}."""
         metrics: dict[str, dict[str, Any]] = {}
         for query, gallery, rows in self.galleries():
-            if len(rows) < 2 or not self._are_distinct(gallery, rows):
+            if len(rows) < 2 or not are_distinct(self.values[gallery][rows]):
                 continue
             if (embeddings := embed(query, gallery, rows)) is not None:
                 one, other = (part[rows] for part in embeddings)
@@ -89,8 +94,15 @@ class CrossModalRows:
                     metrics[kind].setdefault(modality.name, {})[title] = {"rows": len(rows), **scores}
         return metrics
 
-    def _are_distinct(self, name: str, rows: Rows) -> bool:
-        return len({value.tobytes() for value in self.values[name][rows]}) >= DISTINCT * len(rows)
+
+def are_distinct(values: Shaped[np.ndarray, "row ..."]) -> bool:
+    """Whether rows can be searched by these values: at least the share ``DISTINCT`` of them is distinct."""
+    return len({value.tobytes() for value in values}) >= DISTINCT * len(values)
+
+
+def hashes(array: Shaped[Tensor, "row ..."]) -> Int64[Tensor, "row 1"]:
+    """Return a hash of each row, to compare rows without keeping them."""
+    return torch.tensor([[hash(row.tobytes())] for row in array.numpy()], dtype=torch.int64).reshape(-1, 1)
 
 
 def rows_needed(test: Dataset) -> int:

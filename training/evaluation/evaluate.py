@@ -1,12 +1,13 @@
 """Metrics of a trained model on the test split: probes, retrieval, attributes and the gain of refinement."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from concord.model.modality import BinaryModality, CategoricalModality, ImageModality, VectorModality
@@ -14,12 +15,14 @@ from concord.model.vae.gaussian import antithetic, standard_like
 from concord.training.config import Config
 from concord.training.data.dataset import Dataset
 from concord.training.data.sources import UNKNOWN
-from concord.training.evaluation.cross_modal import CrossModalRows, rows_needed
+from concord.training.evaluation.cross_modal import PREDICTION_SAMPLES, CrossModalRows, hashes, rows_needed
 from concord.training.evaluation.linear import evaluate_linear
 from concord.training.evaluation.metrics.calibration import LEVELS, coverage
+from concord.training.evaluation.metrics.frozen_classifier import FrozenClassifier
 from concord.training.evaluation.metrics.probe import linear_probe
 from concord.training.evaluation.metrics.refinement import EVALUATION_SAMPLES, refined_elbos
 from concord.training.evaluation.pictures import evaluate_pictures, picture_network
+from concord.training.evaluation.requests import evaluate_requests
 from concord.training.evaluation.texts import evaluate_texts
 from concord.training.objectives import every_subset, figure_name, named_subsets
 from concord.training.posteriors import GaussianPosterior
@@ -31,12 +34,8 @@ PROBE_POOL = 6000
 """Training rows from which the points of the probe are selected."""
 PROBE_POINTS, POINTS_PER_CLASS = 500, 10
 """Points of the probe: the larger of a number, and a number for each class."""
-COVERAGE_ROWS = 2000
-"""Test rows for ``coverage``."""
 ALL_SUBSETS = 4
 """Up to this number of modalities, all subsets are probed."""
-ATTRIBUTE_SAMPLES = 32
-"""Samples of a posterior over which decoded probabilities are averaged."""
 
 
 def evaluate(
@@ -48,6 +47,7 @@ def evaluate(
     *,
     refined_rows: int | None = None,
     baselines: bool = False,
+    classifiers: Mapping[str, FrozenClassifier] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return all metrics by name, as JSON values.
 
@@ -68,12 +68,15 @@ def evaluate(
     ``raised_fresh_noise`` are the shares of rows whose ELBO rises with either noise. ``elbo_joint`` is the mean ELBO of the
     joint encoder's posterior. All ELBOs are in weighted nats.
 
-    ``coverage``: only if the model refines. {modality: {level: share}} over the first of these rows: the share of the refined
-    posterior of all modalities in the central interval of the posterior of this modality, see ``calibration.coverage``.
+    ``coverage``: only if the model refines. {modality: {level: share}} over the same rows: the share of the refined posterior
+    of all modalities in the central interval of the posterior of this modality, see ``calibration.coverage``.
+
+    ``requests`` and ``recommended_steps``: only if the model refines, see ``evaluate_requests``.
 
     Args:
-        refined_rows: test rows for ``refinement``, rounded up to full batches. None: all.
+        refined_rows: test rows for ``refinement`` and ``coverage``, rounded up to full batches. None: all.
         baselines: whether to fit the linear baselines, which can take minutes.
+        classifiers: of generated values, for the coherence of ``requests``.
     """
     torch.set_num_threads(config.thread_count)
     model = model.eval().requires_grad_(False)
@@ -88,9 +91,8 @@ def evaluate(
         if baselines:
             metrics["linear"] = evaluate_linear(train, test, model.latent, progress)
     if model.refines:
-        rows = len(test) if refined_rows is None else refined_rows
-        metrics["refinement"] = _refinement(config, model, test, progress, rows)
-        metrics["coverage"] = _coverage(config, model, test, progress, min(rows, COVERAGE_ROWS))
+        metrics |= _refinement(config, model, test, progress, len(test) if refined_rows is None else refined_rows)
+        metrics |= evaluate_requests(config, model, train, test, classifiers, progress)
     return metrics
 
 
@@ -159,24 +161,19 @@ def evaluate_cross_modal(model: TrainableModel, test: Dataset) -> dict[str, Any]
                     if target in classes:
                         predicted = model.decode(target, posterior.mean)
                     else:
-                        z = posterior.sample(ATTRIBUTE_SAMPLES, of_attributes if target in binary else of_numbers)
-                        parts = [model.decode(target, z[:, sample]).flatten(1) for sample in range(ATTRIBUTE_SAMPLES)]
+                        z = posterior.sample(PREDICTION_SAMPLES, of_attributes if target in binary else of_numbers)
+                        parts = [model.decode(target, z[:, sample]).flatten(1) for sample in range(PREDICTION_SAMPLES)]
                         predicted = torch.stack(parts).mean(0)
                     decoded.setdefault((target, name), _Rows(len(test))).add(predicted)
             for name in names:
                 array = batch.arrays[name]
-                values.setdefault(name, _Rows(len(test))).add(array if name in targets else _hashes(array))
+                values.setdefault(name, _Rows(len(test))).add(array if name in targets else hashes(array))
     rows = CrossModalRows(model.modalities, {name: v.all().numpy() for name, v in values.items()}, present.all().numpy())
     embeddings = {name: mean.all().numpy() for name, mean in means.items()}
     found: dict[str, Any] = {"retrieval": rows.retrieval(lambda query, gallery, _: (embeddings[query], embeddings[gallery]))}
     predictions = {pair: values.all().numpy() for pair, values in decoded.items()}
     found |= rows.predictions(lambda target, source, chosen: predictions[target, source][chosen])
     return {name: metrics for name, metrics in found.items() if metrics}
-
-
-def _hashes(array: Shaped[Tensor, "row ..."]) -> Int64[Tensor, "row 1"]:
-    """Return a hash of each row, to compare rows without keeping them."""
-    return torch.tensor([[hash(row.tobytes())] for row in array.numpy()], dtype=torch.int64).reshape(-1, 1)
 
 
 class _Rows:
@@ -235,26 +232,35 @@ def _posterior_means(
 
 
 def _refinement(config: Config, model: TrainableModel, test: Dataset, progress: Progress, rows: int) -> dict[str, Any]:
-    """Compute ``refinement`` of ``evaluate``."""
+    """Compute ``refinement`` and ``coverage`` of ``evaluate``."""
     steps, samples = config.horizon, config.refiner.serving_samples
-    generator = torch.Generator().manual_seed(config.seed)
+    names = [m.name for m in model.modalities]
+    singles = every_subset(len(names))[: len(names)]
+    generator, of_teacher = (torch.Generator().manual_seed(config.seed) for _ in range(2))
     total = min(test.steps_per_epoch(BATCH_ROWS, shuffle=False), -(-rows // BATCH_ROWS))
     elbos_by_step, elbos_with_new_noise, joint_elbos = (_Rows(total * BATCH_ROWS) for _ in range(3))
+    covered = {name: _Rows(total * BATCH_ROWS) for name in names}
     with progress.stage("refine", total) as advance, torch.no_grad():
         for step, batch in zip(range(total), test.batches(0, BATCH_ROWS, 0, shuffle=False), strict=False):
-            (start,) = model.posteriors(batch.arrays, [batch.present])
+            masks = [batch.present & single for single in singles]
+            start, *students = model.posteriors(batch.arrays, [batch.present, *masks])
             assert isinstance(start, GaussianPosterior)
             by_step, evaluation = refined_elbos(model, batch, start.gaussian, steps, steps, samples, generator)
             elbos_by_step.add(by_step.T)
             elbos_with_new_noise.add(evaluation.T)
             joint = model.joint_posterior(batch.arrays, batch.present)
             assert joint is not None
+            prior = standard_like(joint)
             noise = antithetic(torch.randn(len(batch.present), EVALUATION_SAMPLES // 2, model.latent, generator=generator))
-            joint_elbos.add(model.objective(batch.arrays, batch.present, joint, standard_like(joint), noise))
+            joint_elbos.add(model.objective(batch.arrays, batch.present, joint, prior, noise))
+            *_, teacher = model.refinement_path(batch, joint, prior, config.refiner.steps, config.refiner.samples, of_teacher)
+            for name, mask, student in zip(names, masks, students, strict=True):
+                assert isinstance(student, GaussianPosterior)
+                covered[name].add(coverage(student.gaussian, teacher).T[mask.any(1)])
             advance(step + 1, {})
     by_step, (before, after) = elbos_by_step.all().T, elbos_with_new_noise.all().T
     best = by_step[: steps + 1].amax(0)
-    return {
+    refinement = {
         "rows": by_step.shape[1],
         "steps": steps,
         "elbo_by_step": by_step.mean(1).tolist(),
@@ -264,29 +270,11 @@ def _refinement(config: Config, model: TrainableModel, test: Dataset, progress: 
         "raised": (best > by_step[0]).float().mean().item(),
         "raised_fresh_noise": (after > before).float().mean().item(),
     }
-
-
-def _coverage(config: Config, model: TrainableModel, test: Dataset, progress: Progress, rows: int) -> dict[str, Any]:
-    """Compute ``coverage`` of ``evaluate``."""
-    names = [m.name for m in model.modalities]
-    singles = every_subset(len(names))[: len(names)]
-    generator = torch.Generator().manual_seed(config.seed)
-    shares: dict[str, list[Tensor]] = {name: [] for name in names}
-    total = min(test.steps_per_epoch(BATCH_ROWS, shuffle=False), -(-rows // BATCH_ROWS))
-    with progress.stage("coverage", total) as advance, torch.no_grad():
-        for step, batch in zip(range(total), test.batches(0, BATCH_ROWS, 0, shuffle=False), strict=False):
-            start = model.joint_posterior(batch.arrays, batch.present)
-            assert start is not None
-            prior = standard_like(start)
-            *_, refined = model.refinement_path(batch, start, prior, config.refiner.steps, config.refiner.samples, generator)
-            masks = [batch.present & single for single in singles]
-            for name, mask, posterior in zip(names, masks, model.posteriors(batch.arrays, masks), strict=True):
-                assert isinstance(posterior, GaussianPosterior)
-                shares[name].append(coverage(posterior.gaussian, refined)[:, mask.any(1)])
-            advance(step + 1, {})
-    by_name = {name: torch.cat(parts, dim=1) for name, parts in shares.items()}
+    shares = {name: rows.all().mean(0).tolist() for name, rows in covered.items() if len(rows.all())}
     return {
-        name: {f"{level:g}": share for level, share in zip(LEVELS, of_rows.mean(1).tolist(), strict=True)}
-        for name, of_rows in by_name.items()
-        if of_rows.shape[1]
+        "refinement": refinement,
+        "coverage": {
+            name: {f"{level:g}": share for level, share in zip(LEVELS, of_levels, strict=True)}
+            for name, of_levels in shares.items()
+        },
     }

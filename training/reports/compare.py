@@ -341,7 +341,7 @@ def _train_and_evaluate(
     train, test, full_train = train.to(device), test.to(device), full_train.to(device)
     with EvaluationDevice(device):
         classifiers = frozen_classifiers(full_config, full_train, out, progress)
-        metrics = evaluate(config, model, train, test, progress, refined_rows=test_rows)
+        metrics = evaluate(config, model, train, test, progress, refined_rows=test_rows, classifiers=classifiers)
         metrics |= evaluate_comparison(config, model, test, classifiers, test_rows, progress)
         render_grid(model, *select_examples(test)).save(path / GRID, optimize=True)
     cost = run.cost()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from concord.model.bundle.manifest import Manifest
+from concord.training.evaluation.requests import recommendation, request_scores
 from concord.training.reports.summary import (
     DISPLAY_NAMES,
     LOWER_IS_BETTER,
@@ -50,6 +51,8 @@ def results_table(manifest: Manifest) -> str:
     if "coherence" in metrics:
         lines += [*_coherence_table(metrics), ""]
     lines += _refinement_table(metrics)
+    if steps := steps_table([metrics]):
+        lines += [steps, ""]
     minutes, gigabytes = training["seconds"] / 60, training["peak_memory_bytes"] / 2**30
     lines.append(f"Training took {minutes:.0f} minutes and {gigabytes:.1f} GiB of memory, on a CPU.")
     return "\n".join(lines)
@@ -78,18 +81,43 @@ def _coherence_table(metrics: Mapping[str, Any]) -> list[str]:
 def _refinement_table(metrics: Mapping[str, Any]) -> list[str]:
     """Return the lines of a table of the ELBO by step, and a sentence with the share of rows that improve."""
     refinement = metrics["refinement"]
-    by_step = refinement["elbo_by_step"]
+    by_step, rows = refinement["elbo_by_step"], refinement.get("rows", metrics["test_rows"])
     shown = [step for step in (0, 1, 2, 4, 8) if step < len(by_step)]
     return [
         f"| refinement of complete rows ↑ | {' | '.join(f'step {step}' for step in shown)} |",
         f"| --- |{' --- |' * len(shown)}",
         f"| mean ELBO, weighted nats | {' | '.join(f'{by_step[step]:.1f}' for step in shown)} |",
         "",
-        f"{refinement['steps']} steps raise the ELBO of {refinement['raised']:.1%} of the {metrics['test_rows']:,} test rows; "
+        f"{refinement['steps']} steps raise the ELBO of {refinement['raised']:.1%} of the {rows:,} test rows; "
         f"estimated with new noise, of {refinement['raised_fresh_noise']:.1%}, from {refinement['elbo_before']:.1f} to "
         f"{refinement['elbo_after']:.1f} on average.",
         "",
     ]
+
+
+def steps_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of the figures of requests by number of refinement steps, and a sentence on the recommended one.
+
+    Cells are means over seeds and standard deviations. The text is empty if no evaluation has these figures.
+
+    Args:
+        evaluations: of one model with several seeds. Those without these figures, of earlier versions, are left out.
+    """
+    measured = [evaluation for evaluation in evaluations if "requests" in evaluation]
+    if not measured:
+        return ""
+    steps = measured[0]["requests"]["steps"]
+    scores = [request_scores(evaluation) for evaluation in measured]
+    lines = [
+        f"| steps against quality of requests ↑ | {' | '.join(f'step {step}' for step in steps)} |",
+        f"| --- |{' --- |' * len(steps)}",
+    ]
+    for title in scores[0]:
+        number_format = "{:.1f}" if "nats" in title else "{:.3f}"
+        by_step = zip(*(of_seed[title] for of_seed in scores if title in of_seed), strict=True)
+        lines.append(f"| {title} | {' | '.join(_mean_and_std(values, number_format) for values in by_step)} |")
+    sentences = dict.fromkeys(filter(None, map(recommendation, measured)))
+    return "\n".join([*lines, *(["", " ".join(sentences)] if sentences else [])])
 
 
 SUMMARY = ("probe", "coherence_one", "coherence_more", "frechet", "log_likelihood")
@@ -363,7 +391,7 @@ def write_sentences(readme: Path, folders: Sequence[Path]) -> None:
             runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
             seeds = ", ".join(file.stem.removeprefix("concord-") for file in files)
             title = f"[{folder.name}](../configs/{folder.name}.toml), seed{'s' if len(files) > 1 else ''} {seeds}:"
-            blocks += [title, texts_table(runs)]
+            blocks += [title, texts_table(runs), *filter(None, [steps_table(runs)])]
     if blocks:
         write_section(readme, "sentences", "\n\n".join(blocks))
 
@@ -382,7 +410,8 @@ def write_methods(readme: Path, folder: Path) -> None:
             seed = int(file.stem.removeprefix(f"{name}-"))
             evaluations.setdefault(name, {})[seed] = json.loads(file.read_text(encoding="utf-8"))
     if evaluations:
-        write_section(readme, folder.name, methods_table(evaluations))
+        tables = [methods_table(evaluations), *(steps_table(list(by_seed.values())) for by_seed in evaluations.values())]
+        write_section(readme, folder.name, "\n\n".join(filter(None, tables)))
 
 
 def write_teachers(readme: Path, folder: Path) -> None:

@@ -29,6 +29,7 @@
  * @property {string} version
  * @property {number} latent dimensions of an embedding
  * @property {Modality[]} modalities
+ * @property {number | null} recommended_refine_steps
  * @property {{max_items: number, max_samples: number, max_refine_steps: number}} limits
  */
 

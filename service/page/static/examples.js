@@ -14,7 +14,7 @@ const REFINEMENT_STEPS = 8;
  * @property {import("./api.js").Inputs} inputs
  * @property {Object<string, number>} [noise] noise level of image inputs, by modality
  * @property {boolean} compare whether to generate from each input alone, too
- * @property {number} steps refinement steps
+ * @property {number} [steps] refinement steps, shown in turn; without them, the recommended number of the model at once
  */
 
 /**
@@ -39,14 +39,12 @@ export function makeExamples(modalities, rows) {
       title: `generate ${joinNames(images.map(({ name }) => name))} from ${text.name}`,
       inputs: pick(row, text.name),
       compare: false,
-      steps: 0,
     });
     examples.push({
       title: `noisy ${mostChannels.name}, with and without ${text.name}`,
       inputs: pick(row, mostChannels.name, text.name),
       noise: { [mostChannels.name]: NOISE },
       compare: true,
-      steps: 0,
     });
   }
   if (fewestChannels) {
@@ -59,7 +57,7 @@ export function makeExamples(modalities, rows) {
   }
   if (!examples.length) {
     const [{ name }] = modalities;
-    examples.push({ title: `generate from ${name}`, inputs: pick(row, name), compare: false, steps: 0 });
+    examples.push({ title: `generate from ${name}`, inputs: pick(row, name), compare: false });
   }
   return examples;
 }

@@ -48,7 +48,8 @@ export class ModelView {
     document.onpaste = (event) => this.inputs.paste(event.clipboardData.files[0]);
     this.map = new LatentMap(byId("latent-map"), map);
     const maxSteps = Math.min(MAX_STEPS, model.limits.max_refine_steps);
-    this.refinement = new RefinementPanel(byId("refinement"), maxSteps, onChange, () => this.playSteps(maxSteps));
+    const onPlay = () => this.playSteps(maxSteps);
+    this.refinement = new RefinementPanel(byId("refinement"), maxSteps, model.recommended_refine_steps, onChange, onPlay);
     this.snippets = new CodeSnippets(byId("snippets"));
     const examples = makeExamples(model.modalities, rows);
     this.addExampleButtons(examples);
@@ -99,14 +100,15 @@ export class ModelView {
   async showExample({ inputs, noise, compare, steps }) {
     await this.inputs.setValues(inputs, noise);
     this.compare.checked = compare;
-    await this.playSteps(steps);
+    const { startSteps } = this.refinement;
+    await (steps === undefined ? this.playSteps(startSteps, startSteps) : this.playSteps(steps));
   }
 
-  /** Shows the refinement steps from 0 to `steps` in turn, until the user changes something. */
-  async playSteps(steps) {
+  /** Shows the refinement steps from `first` to `steps` in turn, until the user changes something. */
+  async playSteps(steps, first = 0) {
     const playback = (this.playback = {});
     const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    for (let step = reducedMotion ? steps : 0; step <= steps && this.playback === playback; step++) {
+    for (let step = reducedMotion ? steps : first; step <= steps && this.playback === playback; step++) {
       this.refinement.steps = step;
       await Promise.all([this.update(), new Promise((resolve) => setTimeout(resolve, step < steps ? FRAME_MS : 0))]);
     }

@@ -24,20 +24,25 @@ export class RefinementPanel {
   /**
    * @param {HTMLElement} container
    * @param {number} maxSteps
+   * @param {number | null} recommended steps of the slider at the start; null without a recommendation
    * @param {(steps: number) => void} onChange runs when the user moves the slider
    * @param {() => void} onPlay runs when the user wants to see all steps in turn
    */
-  constructor(container, maxSteps, onChange, onPlay) {
+  constructor(container, maxSteps, recommended, onChange, onPlay) {
     this.maxSteps = maxSteps;
+    this.startSteps = Math.min(recommended ?? 0, maxSteps);
     this.trace = [];
-    this.control = numberControl("Steps", { id: "steps", min: 0, max: maxSteps, step: 1, value: 0 }, (steps) => {
+    const range = { id: "steps", min: 0, max: maxSteps, step: 1, value: this.startSteps };
+    this.control = numberControl("Steps", range, (steps) => {
       this.renderChart();
       onChange(steps);
     });
     this.chart = svgElement("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "objective-chart", role: "img" });
     this.summary = element("p", { class: "hint", id: "objective" });
     const playButton = element("button", { type: "button", class: "link-button", onclick: onPlay }, "Play");
-    container.replaceChildren(this.chart, this.control.root, playButton, this.summary);
+    const hint = recommended === null ? "" : `Recommended for this model: ${plural(this.startSteps, "step")}.`;
+    const recommendation = element("p", { class: "hint", id: "recommended-steps", hidden: !hint }, hint);
+    container.replaceChildren(this.chart, this.control.root, playButton, recommendation, this.summary);
     this.reset();
   }
 

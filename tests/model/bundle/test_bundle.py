@@ -123,6 +123,12 @@ def test_bundle_sha256_changes_with_the_manifest(folder: Path) -> None:
         (lambda f: f.pop("provenance"), "provenance"),
         (lambda f: f.update(name="../up"), "name"),
         (lambda f: f.update(beta=-1), "beta"),
+        (
+            lambda f: f["metrics"].update(recommended_steps="4"),
+            "recommended_steps must be an integer of at least 0, received '4'",
+        ),
+        (lambda f: f["metrics"].update(recommended_steps=-1), "recommended_steps must be an integer"),
+        (lambda f: f["metrics"].update(recommended_steps=True), "recommended_steps must be an integer"),
         (lambda f: f["modalities"][1].update(alphabet=""), "modality text has no alphabet"),
         (lambda f: f["modalities"].append(f["modalities"][0]), "listed twice"),
         (lambda f: f["modalities"].pop(), "exactly the modalities"),
@@ -323,6 +329,15 @@ def arguments(tiny_bundle: bundle.Bundle) -> dict[str, Any]:
     fields = tiny_bundle.manifest.model_dump(mode="json")
     facts = {key: value for key, value in fields.items() if key not in ("format", "files")}
     return {"facts": facts, "files": [tiny_bundle.path / name for name in FILES], "card": "card"}
+
+
+def test_recommended_steps_need_no_newer_format(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """Versions that do not know them read the bundle too."""
+    before = write(tmp_path / "b", **arguments).manifest
+    arguments["facts"]["metrics"]["recommended_steps"] = 4
+    manifest = write(tmp_path / "b", **arguments).manifest
+    assert (before.recommended_steps, manifest.recommended_steps) == (None, 4)
+    assert manifest.format == before.format
 
 
 def test_write_replaces_a_bundle_but_no_other_file_or_folder(tmp_path: Path, arguments: dict[str, Any]) -> None:

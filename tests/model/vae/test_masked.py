@@ -69,6 +69,13 @@ def test_weighted_log_likelihood_and_gradients_equal_masking_after_the_networks(
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)  # the order of summation differs
 
 
+def test_log_likelihoods_of_chosen_modalities_are_those_of_all_and_zero_elsewhere(vae: MultimodalVAE, make_rows: Any) -> None:
+    chosen = torch.rand(ROWS, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    arrays, z = make_rows(vae.modalities, ROWS), torch.randn(ROWS, 2, vae.latent, generator=torch.Generator().manual_seed(1))
+    expected = torch.where(chosen.unsqueeze(1), vae.log_likelihoods(arrays, z), 0.0)
+    torch.testing.assert_close(vae.log_likelihoods(arrays, z, chosen), expected)
+
+
 def test_gradient_of_a_row_does_not_depend_on_subsets_of_other_rows(vae: MultimodalVAE, make_rows: Any) -> None:
     present = torch.tensor([[True, False, True, False], [False, True, True, True], [True, True, True, True]])
     arrays = make_rows(vae.modalities, 3)

@@ -271,6 +271,28 @@ def test_api_key_is_requested_and_not_stored(serve: Serve, open_page: OpenPage, 
         assert json.loads(result.stdout)["object"] == "list"
 
 
+def test_page_starts_with_the_recommended_steps(serve: Serve, open_page: OpenPage, tmp_path: Path) -> None:
+    written = write_copy(tmp_path / "copy", name="copy", metrics={"recommended_steps": 2})
+    with serve(Runtime(written, threads=1)) as client:
+        page = open_page(client)
+        expect(page.locator("#steps")).to_have_value("2")
+        expect(page.locator("#recommended-steps")).to_have_text("Recommended for this model: 2 steps.")
+        page.get_by_role("button", name="refine digit").click()
+        expect(page.locator("#steps")).to_have_value("8")
+        page.get_by_role("button", name="generate digit and photo from word").click()
+        expect(page.locator("#steps")).to_have_value("2")
+        wait_until_idle(page)
+        (item,) = run_curl_snippet(page)["data"]
+        assert item["refinement"]["steps"] == 2
+        assert not accessibility_violations(page)
+
+
+def test_page_without_recommended_steps_starts_without_refinement(open_page: OpenPage) -> None:
+    page = open_page()
+    expect(page.locator("#steps")).to_have_value("0")
+    expect(page.locator("#recommended-steps")).to_be_hidden()
+
+
 def test_first_view_loads_few_bytes(browser: Browser, client: httpx.Client) -> None:
     with browser.new_context() as context:
         page = context.new_page()

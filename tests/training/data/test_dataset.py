@@ -237,6 +237,15 @@ def incomplete(folder: Path, rows: Literal["all", "complete"], *, two: list[Any]
     return Config(name="rows", modalities=(FIRST, SECOND, word), data=Data(pairing="row", sources=(source,), rows=rows))
 
 
+def test_sample_is_the_same_choice_of_rows_in_file_order(rows: dataset.Dataset) -> None:
+    every = rows._rows.tolist()
+    chosen = rows.sample(7)._rows.tolist()
+    assert chosen == rows.sample(7)._rows.tolist() == sorted(chosen)
+    assert len(set(chosen)) == 7
+    assert chosen != every[:7]
+    assert rows.sample(len(rows) + 1)._rows.tolist() == every
+
+
 def test_with_pairs_keeps_rows_with_at_least_two_modalities(tmp_path: Path) -> None:
     two, text = [None, [1.0, 9.0], None, None], ["a", None, None, "d"]
     rows = by_row(tmp_path, {"one": [[float(row), 0.0] for row in range(4)], "two": two, "text": text})

@@ -84,6 +84,7 @@ def test_compare_rows_have_all_metrics(compared: Any) -> None:
     assert len(rows["concord", 0]["gap"]["closed_by_step"]) == 1 + 2
     assert rows["concord", 0]["gap_closed"] == rows["concord", 0]["gap"]["closed_by_step"][1]
     assert len(rows["concord", 0]["refined"]["coherence"]) == 1 + 2
+    assert rows["concord", 0]["requests"]["present"]["2"]["coherence"].keys() == {"digit", "photo", "word"}
     assert rows["mvae", 0]["gap_closed"] is None
 
 

@@ -1,4 +1,6 @@
-"""The gain of refinement: the ELBO of each step."""
+"""Refinement as the service does it, and its gain: the ELBO of each step."""
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -10,6 +12,38 @@ from concord.training.trainable import TrainableModel
 
 EVALUATION_SAMPLES = 16
 """Noise samples of the evaluation. They are new, so that a step which only fits its noise does not count as a gain."""
+
+
+def refinement(
+    model: TrainableModel,
+    batch: Batch,
+    start: Gaussian,
+    anchor: Gaussian,
+    noise: Float[Tensor, "batch sample latent"],
+    steps: int,
+) -> Iterator[tuple[Gaussian, Float[Tensor, " batch"]]]:
+    """Yield the result of a request with each number of steps, from 0 to ``steps``.
+
+    As in the service, this is the posterior with the highest objective so far.
+
+    Args:
+        batch: rows with the modalities that refinement uses.
+        start: lambda_0.
+        anchor: second argument of the KL term, see ``refinement_anchor``.
+        noise: antithetic pairs, the same for all steps.
+
+    Yields:
+        the result, and the objective (batch,) of the last step in weighted nats, which may be lower than that of the result.
+    """
+    posterior = best = start
+    highest: Tensor | None = None
+    for _ in range(steps + 1):
+        following, objective = model.refine_step(batch.arrays, batch.present, posterior, anchor, noise)
+        improved = torch.ones_like(objective, dtype=torch.bool) if highest is None else objective > highest
+        highest = objective if highest is None else torch.where(improved, objective, highest)
+        best = Gaussian(*(torch.where(improved[:, None], new, old) for new, old in zip(posterior, best, strict=True)))
+        yield best, objective
+        posterior = following
 
 
 def refined_elbos(
@@ -30,14 +64,6 @@ def refined_elbos(
     noise = antithetic(torch.randn(len(batch.present), samples // 2, model.latent, generator=generator))
     evaluation_noise = antithetic(torch.randn(len(batch.present), EVALUATION_SAMPLES // 2, model.latent, generator=generator))
     prior = standard_like(start)
-    posterior, best = start, start
-    by_step: list[Tensor] = []
-    for step in range(steps + extra_steps + 1):
-        refined, objective = model.refine_step(batch.arrays, batch.present, posterior, prior, noise)
-        improved = (objective > torch.stack(by_step).amax(0)) if step else torch.ones_like(objective, dtype=torch.bool)
-        if step <= steps:
-            best = Gaussian(*(torch.where(improved[:, None], new, old) for new, old in zip(posterior, best, strict=True)))
-        by_step.append(objective)
-        posterior = refined
-    evaluation = [model.objective(batch.arrays, batch.present, q, prior, evaluation_noise) for q in (start, best)]
+    results, by_step = zip(*refinement(model, batch, start, prior, noise, steps + extra_steps), strict=True)
+    evaluation = [model.objective(batch.arrays, batch.present, q, prior, evaluation_noise) for q in (start, results[steps])]
     return torch.stack(by_step), torch.stack(evaluation)

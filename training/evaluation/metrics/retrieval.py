@@ -29,20 +29,29 @@ def recall_at(
     return {k: float(np.mean(rank <= k)) for k in at}
 
 
-def ranks(queries: Float[np.ndarray, "row latent"], gallery: Float[np.ndarray, "row latent"]) -> Int64[np.ndarray, " row"]:
-    """Return the rank of each query's row in the gallery, from 1, by cosine similarity. See ``recall_at``."""
+def ranks(
+    queries: Float[np.ndarray, "query latent"],
+    gallery: Float[np.ndarray, "row latent"],
+    own: Int64[np.ndarray, " query"] | None = None,
+) -> Int64[np.ndarray, " query"]:
+    """Return the rank of each query's row in the gallery, from 1, by cosine similarity. See ``recall_at``.
+
+    Args:
+        own: index in the gallery of each query's row. None: queries and gallery have the same rows in the same order.
+    """
+    own = np.arange(len(queries)) if own is None else own
     if len(queries) == 0:
         raise ValueError("retrieval needs rows, received none")
     queries, gallery = _normalise(queries), _normalise(gallery)
     chunks = []
     for start in range(0, len(queries), _CHUNK):
-        rows = np.arange(start, min(start + _CHUNK, len(queries)))
-        similarity = queries[rows] @ gallery.T
-        matching = similarity[np.arange(len(rows)), rows, np.newaxis]
+        part = slice(start, start + _CHUNK)
+        similarity = queries[part] @ gallery.T
+        matching = similarity[np.arange(len(similarity)), own[part], np.newaxis]
         chunks.append((similarity >= matching).sum(axis=1))
     return np.concatenate(chunks).astype(np.int64)
 
 
-def _normalise(vectors: Float[np.ndarray, "row latent"]) -> Float[np.ndarray, "row latent"]:
+def _normalise(vectors: Float[np.ndarray, "vector latent"]) -> Float[np.ndarray, "vector latent"]:
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     return np.asarray(vectors / np.maximum(lengths, np.finfo(np.float64).tiny))
