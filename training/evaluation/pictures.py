@@ -105,7 +105,7 @@ def _generate(
         if not len(rows):
             continue
         real.append(rows.arrays[name].cpu())
-        numbers = torch.arange(count, count + len(rows))
+        numbers = torch.arange(count, count + len(rows), device="cpu")
         masks = [rows.present & mask for mask in sources.values()]
         for source, mask, q in zip(sources, masks, model.posteriors(rows.arrays, masks), strict=True):
             chosen = mask.any(1)
