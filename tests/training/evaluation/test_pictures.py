@@ -12,7 +12,7 @@ from concord.model.runtime.device import Device
 from concord.model.runtime.frozen import FrozenEncoder, open_files
 from concord.training.concord import Concord
 from concord.training.data import dataset
-from concord.training.data.dataset import Dataset
+from concord.training.data.dataset import Batch, Dataset
 from concord.training.evaluation.metrics.frechet import frechet_distance
 from concord.training.evaluation.pictures import evaluate_pictures, picture_features, picture_network
 from concord.training.fit import build
@@ -99,3 +99,25 @@ def test_picture_network_is_that_of_the_packages_if_they_are_installed(make_conf
     found = picture_network(settings)
     assert found is not None
     assert picture_features(found, torch.rand(2, 3, 64, 64)).shape == (2, 1280)
+
+
+def test_pictures_of_a_source_are_compared_with_the_rows_that_have_it(
+    make_config: Any, splits: tuple[Dataset, Dataset], network: FrozenEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = splits
+    (batch,) = test.batches(0, len(test), 0, shuffle=False)
+    word = [m.name for m in test.modalities].index("word")
+    brightness = batch.arrays["digit"].mean(dim=(1, 2, 3))
+    has_word = brightness > brightness.median()
+    present = batch.present.clone()
+    present[:, word] = has_word
+    monkeypatch.setattr(test, "batches", lambda *_, **__: iter([Batch(batch.arrays, present, batch.labels)]))
+    stripes = (torch.arange(28) % 2).float().expand(1, 28, 28)
+    metrics = evaluate_pictures(painter(make_config, train, stripes), train, test, network)["pictures"]["digit"]
+    real = batch.arrays["digit"][has_word]
+    assert metrics["word"]["rows"] == len(real) < metrics["digit"]["rows"]
+    edges = (real[:, :, 1:] - real[:, :, :-1]).abs().mean() + (real[..., 1:] - real[..., :-1]).abs().mean()
+    assert metrics["word"]["sharpness"] == pytest.approx(1 / edges.item(), rel=1e-5)
+    generated = stripes.expand(len(real), 1, 28, 28)
+    distance = frechet_distance(picture_features(network, generated), picture_features(network, real))
+    assert metrics["word"]["frechet_efficientnet"] == pytest.approx(distance, rel=1e-4)
