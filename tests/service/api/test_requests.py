@@ -213,10 +213,11 @@ def test_hostile_json_is_rejected_cheaply(client: httpx.Client, content: bytes, 
 
     harmless, harmless_seconds = post(b'{"inputs": [{"word": "one"}]}'.ljust(len(content)))
     assert harmless.status_code == 200
-    response, seconds = post(content)
-    assert (response.status_code, response.json()["code"]) == (status, code)
-    assert len(response.content) < 10_000
-    assert seconds < 5 * max(harmless_seconds, 0.02)
+    tries = [post(content) for _ in range(3)]  # the time counts all threads of the process, so another one may add to it
+    for response, _ in tries:
+        assert (response.status_code, response.json()["code"]) == (status, code)
+        assert len(response.content) < 10_000
+    assert min(seconds for _, seconds in tries) < 5 * max(harmless_seconds, 0.02)
 
 
 def test_repeated_json_key_uses_the_last_value(client: httpx.Client) -> None:
