@@ -98,7 +98,7 @@ def render(file: Path, rows: int, schemas: Sequence[ColumnSchema]) -> str:
         f"epochs = {min(_CONTRAST_EPOCHS, max(4, _CONTRAST_ROWS // max(1, rows)))}",
         f"batch_size = {min(_CONTRAST_BATCH, max(8, rows // 10))}",
         f"dropout = {0.5 if are_features else 0.25}",
-        "prediction = 1.0",
+        "prediction = 4.0",
         "multimodal_weight = 1.0",
         "weight_decay = 0.05",
         "",
