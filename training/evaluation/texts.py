@@ -25,6 +25,8 @@ TEXT_ROWS = 500
 """Test rows from which texts are generated, and test rows whose texts are predicted, at most."""
 TRAINING_ROWS = 50_000
 """Training rows, from the first one on, that are compared with test rows and to whose texts classifiers are fitted, at most."""
+SAMPLING_TEMPERATURE = 0.5
+"""Of the tokens of ``sampled``."""
 _BATCH_ROWS = 250
 
 Classify = Callable[[Sequence[Words]], Int64[np.ndarray, " text"]]
@@ -52,7 +54,8 @@ def evaluate_texts(model: TrainableModel, train: Dataset, test: Dataset) -> dict
     row whose value of the source is most similar, the mean over them. Similarity is the cosine of ``linear.features``. Omitted
     for texts and classes as source, and if few of the values are distinct.
 
-    ``of_mean``: the metrics of generated texts where z is the mean of the posterior.
+    ``of_mean``: the metrics of generated texts where z is the mean of the posterior. ``sampled``, with the autoregressive
+    likelihood: where tokens are sampled at ``SAMPLING_TEMPERATURE``, as ``text.temperature`` of a request does.
     """
     names = [m.name for m in model.modalities]
     singles = every_subset(len(names))[: len(names)]
@@ -77,6 +80,8 @@ def evaluate_texts(model: TrainableModel, train: Dataset, test: Dataset) -> dict
             if len(rows.numbers):
                 metrics = of_text.generated(rows, rows.z, cider)
                 metrics["of_mean"] = of_text.generated(rows, rows.mean, cider)
+                if modality.likelihood == "autoregressive":
+                    metrics["sampled"] = of_text.generated(rows, rows.z, cider, SAMPLING_TEMPERATURE)
             if len(own) > 1:
                 metrics |= of_text.predicted(rows)
             if cider and (nearest := read().nearest_texts(source, rows.batch.arrays.get(source), rows.observed, modality)):
@@ -136,11 +141,13 @@ class _TextMetrics:
     classifiers: dict[str, Classify]
     """Of its texts, by categorical modality."""
 
-    def generated(self, rows: _SourceRows, z: Float[Tensor, "row latent"], cider: CiderD | None) -> dict[str, Any]:
-        """Return the metrics of the most likely texts given z."""
+    def generated(
+        self, rows: _SourceRows, z: Float[Tensor, "row latent"], cider: CiderD | None, temperature: float = 0.0
+    ) -> dict[str, Any]:
+        """Return the metrics of the texts given z whose tokens are sampled at a temperature. 0: the most likely ones."""
         count = min(TEXT_ROWS, len(z))
         needed = np.union1d(np.arange(count), rows.observed)
-        tokens = self._most_likely(z[needed])  # of the first rows, then of observed ones
+        tokens = self._texts(z[needed], temperature)  # of the first rows, then of observed ones
         first = [texts.written(self.modality, text) for text in tokens[:count]]
         metrics: dict[str, Any] = {
             "rows": count,
@@ -166,10 +173,18 @@ class _TextMetrics:
                 metrics[name] = -self.model.text_log_likelihood(self.modality.name, own, of_rows).sum().item() / tokens
         return metrics
 
-    def _most_likely(self, z: Float[Tensor, "row latent"]) -> list[Int64[np.ndarray, " length"]]:
-        with torch.no_grad():
-            parts = [self.model.decode(self.modality.name, part).cpu().numpy() for part in torch.split(z, _BATCH_ROWS)]
-        return [tokens_from_array(self.modality, value) for part in parts for value in part]
+    def _texts(self, z: Float[Tensor, "row latent"], temperature: float) -> list[Int64[np.ndarray, " length"]]:
+        name, generator = self.modality.name, torch.Generator().manual_seed(0)
+        found: list[Int64[np.ndarray, " length"]] = []
+        for part in torch.split(z, _BATCH_ROWS):
+            if temperature:
+                noise = torch.rand(len(part), self.modality.length, generator=generator)
+                values = self.model.sample_text(name, part, noise, temperature=temperature)
+            else:
+                with torch.no_grad():
+                    values = self.model.decode(name, part)
+            found += [tokens_from_array(self.modality, value) for value in values.cpu().numpy()]
+        return found
 
     def _classes(
         self, rows: _SourceRows, z: Float[Tensor, "row latent"], tokens: Sequence[Int64[np.ndarray, " length"]]

@@ -11,6 +11,7 @@ from typing import Any
 
 from concord.model.bundle.manifest import Manifest
 from concord.training.evaluation.requests import recommendation, request_scores
+from concord.training.evaluation.texts import SAMPLING_TEMPERATURE
 from concord.training.reports.summary import (
     DISPLAY_NAMES,
     LOWER_IS_BETTER,
@@ -355,16 +356,22 @@ def _text_scores(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[
 
 def _text_values(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield title and value of each score."""
+    at_temperature = f"tokens sampled at temperature {SAMPLING_TEMPERATURE:g}"
     if "rows" in values:
         if values["known_pairs"] is not None:
             yield "pairs of tokens that training texts have ↑", values["known_pairs"]
         yield "distinct texts ↑", values["distinct"]
+    if "sampled" in values:
+        yield f"distinct texts, {at_temperature} ↑", values["sampled"]["distinct"]
+        yield f"pairs of tokens that training texts have, {at_temperature} ↑", values["sampled"]["known_pairs"]
     if "nats" in values:
         yield "nats per token ↓", values["nats"]
         yield "nats per token that z is worth ↑", values["nats_shuffled"] - values["nats"]
     if "cider" in values:
         yield "CIDEr-D ↑", values["cider"]
         yield "CIDEr-D with the mean of z ↑", values["of_mean"]["cider"]
+        if "sampled" in values:
+            yield f"CIDEr-D, {at_temperature} ↑", values["sampled"]["cider"]
     if values.get("cider_nearest"):
         yield "CIDEr-D of the nearest training row", values["cider_nearest"]
         yield "CIDEr-D by that of the nearest training row ↑", values["cider"] / values["cider_nearest"]

@@ -90,6 +90,7 @@ def test_evaluate_texts_of_an_untrained_model_has_all_metrics(folder: Path, like
     assert (found["caption"]["rows"], found["caption"]["predicted_rows"]) == (58, 58)
     assert all(0 <= values[name] <= 1 for values in found.values() for name in ("distinct", "known_pairs", "repeats"))
     assert all(values["nats"] > 0 for values in found.values())
+    assert all(("sampled" in values) == (likelihood == "autoregressive") for values in found.values())
     assert evaluate_texts(model, train, test)["texts"]["caption"] == found
 
 
@@ -106,6 +107,8 @@ def test_autoregressive_captions_of_a_trained_model_read_and_follow_z(folder: Pa
         # Two of the five tokens vary, by log 2 and log 3 nats.
         assert values["nats_shuffled"] - values["nats"] > 0.3
         assert values["nats"] < 0.2
+        assert values["sampled"]["known_pairs"] > 0.9
+        assert values["sampled"]["distinct"] >= values["distinct"]
 
 
 def with_classes(settings: config.Config, test: str) -> config.Config:
