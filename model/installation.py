@@ -1,4 +1,4 @@
-"""The command that adds optional packages to this installation of Concord."""
+"""The command that adds optional packages to this installation of Concord, and the message that names it."""
 
 import json
 import shlex
@@ -23,6 +23,11 @@ def install_command(extras: str) -> str:
     else:
         source = [f"{_installed_from() or NAME}[{extras}]"]
     return shlex.join([sys.executable, "-m", "pip", "install", *source])
+
+
+def not_installed(package: str, user: str, extras: str) -> str:
+    """Return the message for a missing package: what needs it, and how to install it."""
+    return f"{package} is not installed. {user} needs it: {install_command(extras)}"
 
 
 def _installed_from() -> Path | None:

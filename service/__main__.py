@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import entry_points
 
-from concord.model.installation import install_command
+from concord.model.installation import not_installed
 
 
 def main() -> None:
@@ -24,8 +24,7 @@ def main() -> None:
         if (error.name or "").partition(".")[0] == "concord":
             raise
         extras, what = ("cpu,train", "Training") if points else ("cpu", "The server")
-        command = install_command(extras)
-        sys.exit(f"concord: {error.name} is not installed. {what} needs it: {command} (or gpu instead of cpu)")
+        sys.exit(f"concord: {not_installed(str(error.name), what, extras)} (or gpu instead of cpu)")
     app(prog_name="concord")
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from concord.model.bundle import BundleError
+from concord.model.installation import not_installed
 from concord.model.runtime import Runtime
 from concord.model.runtime.device import cuda_is_installed, gpu_is_visible
 from concord.service.app import create
@@ -177,7 +178,7 @@ def embed_dataset(
     try:
         from concord.service.batch import dataset, ray_job  # noqa: PLC0415 - a separate extra
     except ImportError as error:
-        _stop(f"{error.name} is not installed: pip install 'concord-mvae[cpu,bulk]'", FAILED)
+        _stop(not_installed(str(error.name), "embed-dataset", "bulk"), FAILED)
     threads = settings.threads or 1
     try:
         job = dataset.BatchJob(

@@ -14,6 +14,7 @@ import numpy as np
 
 from concord.model import bundle
 from concord.model.bundle import BundleError
+from concord.model.installation import install_command
 from concord.model.runtime import VERSION, Runtime
 from concord.model.runtime.device import COMPUTE_CAPABILITIES, MIN_DRIVER, cuda_is_installed
 from concord.service.settings import Settings
@@ -77,7 +78,7 @@ def _onnx_runtime(wants_gpu: bool) -> Finding:
         "onnxruntime",
         build == "CUDA" or not wants_gpu,
         f"{VERSION}, build for {build}",
-        "CONCORD_DEVICE needs the build for CUDA: pip install 'concord-mvae[gpu]' in an environment without [cpu]",
+        f"CONCORD_DEVICE needs the build for CUDA, in an environment without [cpu]: {install_command('gpu')}",
     )
 
 

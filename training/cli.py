@@ -12,11 +12,15 @@ from typing import Annotated, ParamSpec, get_args
 import typer
 
 from concord.model.bundle import BundleError
-from concord.model.installation import install_command
+from concord.model.installation import not_installed
 from concord.training.config import Model
 from concord.training.errors import TrainingError
 
 RESULTS = Path("training/results")
+
+
+_TORCH_CPU = "https://download.pytorch.org/whl/cpu"
+"""Package index of PyTorch without CUDA."""
 
 
 def _missing_torch() -> str | None:
@@ -24,7 +28,7 @@ def _missing_torch() -> str | None:
     if find_spec("torch"):
         return None
     extras = "train" if find_spec("onnxruntime") else "cpu,train"  # [gpu] may be installed, which excludes [cpu]
-    return f"PyTorch is not installed. Training needs it: {install_command(extras)}"
+    return f"{not_installed('PyTorch', 'Training', extras)} (without a GPU, add --extra-index-url {_TORCH_CPU}: much smaller)"
 
 
 _EPILOG = _missing_torch()

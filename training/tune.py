@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from concord.model.installation import not_installed
 from concord.model.modality import resolve_weights
 from concord.training.checkpoint import Run, write_atomically
 from concord.training.config import DEFAULT_MODEL, STAGES, Config
@@ -71,7 +72,7 @@ def tune(config: Config, data: Dataset, folder: Path, runs: int, progress: Progr
         optuna = importlib.import_module("optuna")
         storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / STUDY).resolve()}")
     except ImportError as error:
-        raise ConfigError(f"tune needs Optuna ({error}). Install it: pip install 'concord-mvae[tune]'") from error
+        raise ConfigError(not_installed(str(error.name), "tune", "tune")) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = with_validation(config, len(data))
     study = optuna.create_study(storage=storage, study_name="concord", direction="maximize", load_if_exists=True)
@@ -217,7 +218,7 @@ def write_results(runs: Sequence[Candidate], configuration: Path, config: Config
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise ConfigError(f"the picture needs Matplotlib ({error}). Install it: pip install 'concord-mvae[tune]'") from error
+        raise ConfigError(not_installed(str(error.name), "The picture of tune", "tune")) from error
     names = list(finished[0].settings)
     figure = figures.Figure(figsize=(2.4 * len(names), 2.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):

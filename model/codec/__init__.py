@@ -48,6 +48,7 @@ from concord.model.codec.frozen import MAX_TEXTS, Preprocessor, count_inputs, is
 from concord.model.codec.image import array_from_file, array_from_image, file_from_array
 from concord.model.codec.text import text_from_array, tokens_from_text
 from concord.model.codec.vector import MAX_DEVIATIONS, standardise, statistics, within_range
+from concord.model.installation import not_installed
 from concord.model.modality import (
     AudioModality,
     BinaryModality,
@@ -250,7 +251,7 @@ def check_installed(modalities: Iterable[Modality]) -> None:
         if isinstance(modality, AudioModality):
             audio.check_installed()
         elif _needs_tokenizers(modality) and find_spec("tokenizers") is None:
-            raise ImportError(f"the texts of {modality.name} need tokenizers: pip install 'concord-mvae[cpu]'")
+            raise ImportError(not_installed("tokenizers", f"The text modality {modality.name}", "cpu"))
 
 
 def _needs_tokenizers(modality: Modality) -> bool:

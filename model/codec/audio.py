@@ -28,6 +28,7 @@ from jaxtyping import Complex128, Float32, Float64
 from numpy.typing import NDArray
 
 from concord.model.codec.errors import CodecError, Limits
+from concord.model.installation import not_installed
 from concord.model.modality import AudioModality
 
 MEDIA_TYPES = (
@@ -68,7 +69,6 @@ _ITERATIONS, _MOMENTUM = 32, 0.99
 _INVERSION_STEPS = 50
 _PEAK = 0.7
 """Highest sample of a generated waveform."""
-INSTALL = "audio needs soundfile and soxr: pip install 'concord-mvae[audio]'"
 
 
 def check_installed() -> None:
@@ -205,7 +205,7 @@ def _libraries() -> tuple[Any, Any]:
         import soundfile  # noqa: PLC0415 - optional packages
         import soxr  # noqa: PLC0415
     except (ImportError, OSError) as error:  # OSError: libsndfile is missing
-        raise ImportError(INSTALL) from error
+        raise ImportError(not_installed("soundfile or soxr", "Audio", "audio")) from error
     return soundfile, soxr
 
 

@@ -302,7 +302,10 @@ def _generated(value: dict[str, Any]) -> Generated:
     if "sample_rate" in value:
         return _sound(value)
     if "media_type" in value:
-        from PIL import Image  # noqa: PLC0415 - needed only to receive pictures
+        try:
+            from PIL import Image  # noqa: PLC0415 - needed only to receive pictures
+        except ImportError as error:
+            raise ImportError("Pillow is not installed. Pictures in responses need it: pip install pillow") from error
 
         image = Image.open(io.BytesIO(base64.b64decode(data)))
         image.load()

@@ -14,6 +14,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from concord.model.installation import not_installed
 from concord.service.request_state import RequestState
 
 STAGES = ("decode", "queue", "features", "encode", "refine", "generate")
@@ -84,8 +85,7 @@ def tracing_to(collector: str | None) -> Tracing:
         from opentelemetry.sdk.trace import TracerProvider as Provider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ImportError as error:
-        message = "CONCORD_OTEL names a collector, but OpenTelemetry is not installed: pip install 'concord-mvae[otel]'"
-        raise TracingError(message) from error
+        raise TracingError(not_installed("OpenTelemetry's SDK", "CONCORD_OTEL", "otel")) from error
     resource = Resource.create({"service.name": "concord", "service.version": version("concord-mvae")})
     provider = Provider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{collector.rstrip('/')}/v1/traces")))

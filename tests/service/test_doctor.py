@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from concord.model.bundle import BundleError
+from concord.model.installation import install_command
 from concord.model.runtime import Runtime, device
 from concord.service import doctor
 from concord.service.settings import Settings
@@ -40,7 +41,7 @@ def test_doctor_without_the_device_says_what_is_missing_and_exits_with_1() -> No
     text = run(CONCORD_DEVICE="cuda")
     assert text.returncode == 1
     failed = {line.split()[1]: line for line in text.stdout.splitlines() if line.startswith("FAIL")}
-    assert "pip install 'concord-mvae[gpu]'" in failed["onnxruntime"]
+    assert install_command("gpu") in failed["onnxruntime"]
     assert "start the container with --gpus" in failed["driver"]
     assert "this installation of ONNX Runtime only has" in failed["device"]
     assert "golden" not in text.stdout, "no check after the device"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from concord.model.installation import not_installed
 from concord.training import config_file, tune
 from concord.training.cli import app
 from concord.training.config import Config
@@ -186,7 +187,7 @@ def test_missing_optuna_is_reported_with_its_extra(
     settings: Config, rows: dataset.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"tune needs Optuna .*pip install 'concord-mvae\[tune\]'"):
+    with pytest.raises(ConfigError, match=re.escape(not_installed("optuna", "tune", "tune"))):
         search(settings, rows, tmp_path)
 
 

@@ -1,5 +1,7 @@
 """Responses as the client reads them, also those of proxies between it and the service."""
 
+import sys
+
 import httpx
 import orjson
 import pytest
@@ -74,3 +76,19 @@ def test_generated_vectors_are_arrays_and_attributes_are_dicts() -> None:
     assert getattr(sensor, "dtype", None) == "float32"
     assert list(sensor) == [1.5, 2]
     assert face == {"smile": 0.25}
+
+
+def test_picture_without_pillow_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = {"media_type": "image/png", "data": "iVBORw0KGgo="}
+    one = {
+        "index": 0,
+        "id": None,
+        "modalities": ["word"],
+        "generated": {"photo": [picture]},
+        "embedding": None,
+        "refinement": None,
+    }
+    body = {"model": "m", "model_version": "1", "data": [one], "usage": {}}
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match="pip install pillow"):
+        responses.generations(httpx.Response(200, json=body))

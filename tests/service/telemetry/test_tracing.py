@@ -15,6 +15,7 @@ import structlog
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from concord.model.installation import not_installed
 from concord.service.telemetry.tracing import Tracing, trace_header, trace_id
 from tests.support.http_servers import serving
 from tests.support.server import Serve
@@ -150,4 +151,4 @@ def test_missing_sdk_names_the_extra() -> None:
         "except TracingError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert "pip install 'concord-mvae[otel]'" in done.stdout
+    assert done.stdout == not_installed("OpenTelemetry's SDK", "CONCORD_OTEL", "otel") + "\n"
