@@ -47,6 +47,7 @@ from concord.training.progress import Progress
 from concord.training.reports.compare import EVALUATION, GRID, Plan, compare_by_row
 from concord.training.reports.compare import compare as run_comparison
 from concord.training.reports.config_reference import config_reference
+from concord.training.reports.effects import write_effects
 from concord.training.reports.sample_grid import grid_caption, render_grid, select_examples
 from concord.training.reports.summary import row_name
 from concord.training.reports.tables import (
@@ -311,6 +312,7 @@ def report(root: Path, bundle: Path | None, results: Path) -> None:
     write_teachers(document, results / "birds-features")
     for name in METHODS:
         write_methods(document, results / name)
+    write_effects(document, results / "ablations")
     write_sentences(document, [results / name for name in SENTENCES])
     charts = write_comparisons(document, results) + write_comparisons(document, results / "ablations", "ablations")
     for chart in charts:

@@ -116,7 +116,7 @@ def steps_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     for title in scores[0]:
         number_format = "{:.1f}" if "nats" in title else "{:.3f}"
         by_step = zip(*(of_seed[title] for of_seed in scores if title in of_seed), strict=True)
-        lines.append(f"| {title} | {' | '.join(_mean_and_std(values, number_format) for values in by_step)} |")
+        lines.append(f"| {title} | {' | '.join(mean_and_std(values, number_format) for values in by_step)} |")
     sentences = dict.fromkeys(filter(None, map(recommendation, measured)))
     return "\n".join([*lines, *(["", " ".join(sentences)] if sentences else [])])
 
@@ -232,9 +232,9 @@ def teachers_table(refined: Sequence[Mapping[str, Any]], plain: Sequence[Mapping
         pairs = [(one[title], other[title]) for one, other in zip(refined_scores, plain_scores, strict=True)]
         number_format = "{:.1f}" if "nats" in title else "{:.3f}"
         cells = [
-            _mean_and_std([one for one, _ in pairs], number_format),
-            _mean_and_std([other for _, other in pairs], number_format),
-            _mean_and_std([one - other for one, other in pairs], number_format.replace(":", ":+")),
+            mean_and_std([one for one, _ in pairs], number_format),
+            mean_and_std([other for _, other in pairs], number_format),
+            mean_and_std([one - other for one, other in pairs], number_format.replace(":", ":+")),
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     seconds = [evaluation["training"]["seconds"] for evaluation in (*refined, *plain)]
@@ -242,7 +242,7 @@ def teachers_table(refined: Sequence[Mapping[str, Any]], plain: Sequence[Mapping
     return "\n".join([*lines, "", note])
 
 
-def _mean_and_std(values: Sequence[float], number_format: str) -> str:
+def mean_and_std(values: Sequence[float], number_format: str) -> str:
     """Return the mean, and with several values their standard deviation."""
     if len(values) == 1:
         return number_format.format(values[0])
@@ -275,9 +275,9 @@ def methods_table(evaluations: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
     """
     runs = {name: list(by_seed.values()) for name, by_seed in evaluations.items()}
     linear = next((run["linear"] for model in runs.values() for run in model if "linear" in run), None)
-    scores = {display_name(name): [_pair_scores(run) for run in model] for name, model in runs.items()}
+    scores = {display_name(name): [pair_scores(run) for run in model] for name, model in runs.items()}
     if linear is not None:
-        scores["linear"] = [_pair_scores(linear)]
+        scores["linear"] = [pair_scores(linear)]
     lines = [f"| ↑ | rows | chance | {' | '.join(scores)} |", f"| --- | --- | --- |{' --- |' * len(scores)}"]
     for title, (_, rows, chance) in next(iter(scores.values()))[0].items():
         means = {}
@@ -286,7 +286,7 @@ def methods_table(evaluations: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
             values = [found[title][0] for found in by_seed if title in found]
             if len(values) == len(by_seed):
                 means[name] = statistics.fmean(values)
-                cells[name] = _mean_and_std(values, "{:.3f}")
+                cells[name] = mean_and_std(values, "{:.3f}")
         best = max(means.values())
         is_best = {name: len(scores) > 1 and mean == best for name, mean in means.items()}
         row = [f"**{cells[name]}**" if is_best.get(name) else cells.get(name, "") for name in scores]
@@ -299,7 +299,7 @@ def methods_table(evaluations: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
     return "\n".join([*lines, "", f"{note} that had other jobs too."])
 
 
-def _pair_scores(evaluation: Mapping[str, Any]) -> dict[str, tuple[float, str, str]]:
+def pair_scores(evaluation: Mapping[str, Any]) -> dict[str, tuple[float, str, str]]:
     """Return value, number of rows and chance level of each score of an evaluation, by title.
 
     Without scores of what a class says of other modalities, and without probes of several modalities.
@@ -338,7 +338,7 @@ def texts_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
         sources = list(dict.fromkeys(source for row in table.values() for source in row))
         lines = [f"| {name} | {' | '.join(f'from {source}' for source in sources)} |", f"| --- |{' --- |' * len(sources)}"]
         for title, row in table.items():
-            cells = [_mean_and_std(row[source], "{:.3f}") if source in row else "" for source in sources]
+            cells = [mean_and_std(row[source], "{:.3f}") if source in row else "" for source in sources]
             lines.append(f"| {title} | {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
