@@ -235,9 +235,9 @@ class TextModality(_ModalityBase):
     """Treatment of a text with more than ``length`` tokens: reject it (``refuse``) or drop the rest (``cut``)."""
     likelihood: Literal["categorical", "shifted", "autoregressive"] = "categorical"
     """``categorical``: given z, tokens are independent of each other. ``autoregressive``: each token depends on those before it
-    too, so generated sentences read. ``shifted`` averages the categorical likelihood over all cyclic shifts of the text, each
-    equally likely. Use it if the position of a text in its field has no meaning: z need not encode it, and generated texts
-    start at the left."""
+    too, so generated sentences are readable. ``shifted`` averages the categorical likelihood over all cyclic shifts of the
+    text, each equally likely. Use it if the position of a text in its field has no meaning: z need not encode it, and generated
+    texts start at the left."""
 
     @model_validator(mode="after")
     def _check_tokens(self) -> "TextModality":

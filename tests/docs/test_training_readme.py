@@ -25,7 +25,8 @@ from tests.support.shop import write_shop
 pytestmark = pytest.mark.slow
 
 PAGE = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.partition("#")[0].strip() for line in re.search(r"```sh\n(.*?)```", PAGE, re.DOTALL)[1].splitlines()]  # type: ignore[index]
+_BLOCK = PAGE.partition("```sh\n")[2].partition("```")[0]
+_INSTALL, *COMMANDS = [line.partition("#")[0].strip() for line in _BLOCK.splitlines()]
 REQUESTS = re.findall(r"^\$ (curl .*)$", PAGE.partition("## Kinds of modality")[0], re.MULTILINE)
 
 
@@ -49,10 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    setting, *words = shlex.split(COMMANDS[-1])
-    assert words[:2] == ["concord", "serve"]
-    name, _, path = setting.partition("=")
-    with running(**{name: str(folder / path)}) as service:
+    *command, path = shlex.split(COMMANDS[-1])
+    assert command == ["concord", "serve", "--bundle"]
+    with running(CONCORD_BUNDLE=str(folder / path)) as service:
         yield service.address
 
 

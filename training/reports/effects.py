@@ -110,7 +110,8 @@ def write_effects(readme: Path, results: Path) -> None:
         seeds = sorted(set.intersection(*map(set, runs.values()))) if len(runs) == len(VARIANTS) else []
         if seeds:
             table = effects_table({name: [by_seed[seed] for seed in seeds] for name, by_seed in runs.items()})
-            blocks.append(f"`{path.stem}`, seeds {', '.join(map(str, seeds))}:\n\n{table}")
+            number = "seed" if len(seeds) == 1 else "seeds"
+            blocks.append(f"`{path.stem}`, {number} {', '.join(map(str, seeds))}:\n\n{table}")
     if blocks:
         write_section(readme, "effects", "\n\n".join(blocks))
 
