@@ -19,6 +19,7 @@ from concord.model.vae.sequence_decoder import SequenceDecoder
 from concord.model.vae.token_likelihood import token_log_likelihood
 
 SILU_GAIN = 1.7  # 1 / sqrt(E[SiLU(x)^2]) for standard normal x, rounded: keeps the variance of signals from layer to layer
+MIN_NORMALISED = 8  # pixels: the normalised values of fewer ones hardly depend on z
 MIN_SIDE = 4  # pixels: convolutions halve an image until its shorter side has about this size
 MAX_DOUBLINGS = 3  # of the channels; without a limit, images above 90 pixels per side would need networks of gigabytes
 GROUPS = 8  # group normalisation in image networks, per row (Wu & He 2018)
@@ -196,7 +197,10 @@ class WordsDecoder(nn.Sequential):
 class ImageDecoder(nn.Module):
     """Decoder of an image or a spectrogram: a coarse grid, whose resolution doubles until it is that of the image.
 
-    Residual blocks come before each doubling. All information passes z: nothing of an encoder reaches the decoder.
+    Residual blocks come before each doubling. Then only blocks and the last layer have activations, each after group
+    normalisation (identity mappings, He et al. 2016). Without it, the first steps on photographs with a white background drove
+    the grid into the flat part of the activations, and the decoder ignored z from then on. All information passes z: nothing of
+    an encoder reaches the decoder.
     """
 
     def __init__(self, modality: ImageModality | AudioModality, sizes: NetworkSizes) -> None:
@@ -205,11 +209,12 @@ class ImageDecoder(nn.Module):
         levels = _halvings(modality)
         channels, self.height, self.width = modality.shape
         coarse = (_channels(width, levels - 1), math.ceil(self.height / 2**levels), math.ceil(self.width / 2**levels))
+        activation = () if sizes.blocks else (nn.SiLU(),)
         layers: list[nn.Module] = [
             nn.Linear(sizes.latent, sizes.hidden),
             nn.SiLU(),
             nn.Linear(sizes.hidden, math.prod(coarse)),
-            nn.SiLU(),
+            *activation,
             nn.Unflatten(1, coarse),
         ]
         for level in reversed(range(levels)):
@@ -217,7 +222,10 @@ class ImageDecoder(nn.Module):
             layers += [ResidualBlock(before) for _ in range(sizes.blocks)]
             if level:
                 after = _channels(width, level - 1)
-                layers += [_Doubled(before, after) if sizes.blocks else nn.ConvTranspose2d(before, after, 4, 2, 1), nn.SiLU()]
+                layers += [_Doubled(before, after) if sizes.blocks else nn.ConvTranspose2d(before, after, 4, 2, 1), *activation]
+        if sizes.blocks:
+            pixels = coarse[1] * coarse[2] * 4 ** (levels - 1)
+            layers += [_GroupNorm(width) if pixels >= MIN_NORMALISED else nn.Identity(), nn.SiLU()]
         self.layers = nn.Sequential(*layers, _ToPixels(width, raw_channels(modality)))
         # The grid doubles in each layer. Pixels beyond the image's size are cropped evenly from both sides.
         self.top = (coarse[1] * 2**levels - self.height) // 2

@@ -72,6 +72,24 @@ def test_networks_with_blocks_treat_a_row_alike_in_any_batch(network: str) -> No
     assert trunk.train()(rows).equal(trunk.eval()(rows)), "no statistics of the batch"
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_decoder_of_pictures_with_a_white_background_does_not_learn_to_ignore_z(blocks: int) -> None:
+    """The first steps all make pixels brighter. A decoder with blocks and no normalisation became constant in ten of them."""
+    torch.manual_seed(0)
+    modality = ImageModality(name="photo", channels=3, height=40, width=30, likelihood="laplace")
+    network = decoder(modality, NetworkSizes(latent=16, features=16, hidden=64, width=32, blocks=blocks))
+    initialise(network)
+    z = torch.randn(32, 16)
+    pictures = torch.ones(32, *modality.shape)
+    pictures[z[:, 0] > 0, :, 10:30, 8:22] = 0.2
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    for _ in range(15):
+        optimizer.zero_grad()
+        (-log_likelihood(modality, network(z), pictures).mean()).backward()
+        optimizer.step()
+    assert torch.sigmoid(network(z)).std(0).mean() > 0.01
+
+
 def test_networks_have_the_blocks_of_every_resolution() -> None:
     modality = ImageModality(name="picture", channels=3, height=32, width=32)
     for network in (
