@@ -11,7 +11,6 @@ from typing import Any
 
 from concord.model.bundle.manifest import Manifest
 from concord.training.evaluation.requests import recommendation, request_scores
-from concord.training.evaluation.texts import SAMPLING_TEMPERATURE
 from concord.training.reports.summary import (
     DISPLAY_NAMES,
     LOWER_IS_BETTER,
@@ -356,7 +355,7 @@ def _text_scores(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[
 
 def _text_values(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield title and value of each score."""
-    at_temperature = f"tokens sampled at temperature {SAMPLING_TEMPERATURE:g}"
+    at_temperature = f"tokens sampled at temperature {values['sampled']['temperature']:g}" if "sampled" in values else ""
     if "rows" in values:
         if values["known_pairs"] is not None:
             yield "pairs of tokens that training texts have ↑", values["known_pairs"]

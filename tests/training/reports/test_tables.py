@@ -351,7 +351,7 @@ def of_texts(cider: float) -> dict[str, Any]:
     generated = {"rows": 500, "known_pairs": 0.9, "distinct": 0.5, "repeats": 0.0, "tokens": 9.0}
     classes = {"kind": {"rows": 500, "accuracy": 0.75, "agreement": 0.8, "own_texts": 0.95}}
     mean = {**generated, "cider": 2 * cider, "classes": classes}
-    sampled = {**generated, "distinct": 0.75, "known_pairs": 0.875, "cider": cider / 2, "classes": classes}
+    sampled = {**generated, "temperature": 0.3, "distinct": 0.75, "known_pairs": 0.875, "cider": cider / 2, "classes": classes}
     photo = {**generated, "cider": cider, "of_mean": mean, "sampled": sampled, "classes": classes, "cider_nearest": 0.5}
     itself = {**generated, "known_pairs": None, "of_mean": generated, "predicted_rows": 400, "nats": 2.5, "nats_shuffled": 3.0}
     return {"texts": {"caption": {"photo": photo, "caption": itself}}}
@@ -365,9 +365,9 @@ def test_texts_table_has_a_column_for_each_source_and_the_ratio_to_the_nearest_t
     assert rows["nats per token that z is worth ↑"] == ["", "0.500 ± 0.000"]
     assert rows["CIDEr-D ↑"] == ["0.400 ± 0.141", ""]
     assert rows["CIDEr-D with the mean of z ↑"] == ["0.800 ± 0.283", ""]
-    assert rows["distinct texts, tokens sampled at temperature 0.5 ↑"] == ["0.750 ± 0.000", ""]
-    assert rows["pairs of tokens that training texts have, tokens sampled at temperature 0.5 ↑"] == ["0.875 ± 0.000", ""]
-    assert rows["CIDEr-D, tokens sampled at temperature 0.5 ↑"] == ["0.200 ± 0.071", ""]
+    assert rows["distinct texts, tokens sampled at temperature 0.3 ↑"] == ["0.750 ± 0.000", ""]
+    assert rows["pairs of tokens that training texts have, tokens sampled at temperature 0.3 ↑"] == ["0.875 ± 0.000", ""]
+    assert rows["CIDEr-D, tokens sampled at temperature 0.3 ↑"] == ["0.200 ± 0.071", ""]
     assert rows["CIDEr-D by that of the nearest training row ↑"] == ["0.800 ± 0.283", ""]
     assert rows["kind: text of the row's class ↑"] == ["0.750 ± 0.000", ""]
     assert rows["kind: text of the class generated with it ↑"] == ["0.800 ± 0.000", ""]
