@@ -58,7 +58,9 @@ def evaluate_comparison(
     ``gap_closed``: share of the gap closed by the number of steps in training. None if the model does not refine.
 
     ``log_likelihood``: in plain nats. ``joint`` is log p(X), ``conditional`` {source: log p(the others | source)}, and
-    ``effective`` the effective sample size of ``joint`` out of ``samples``. None for a posterior without a density.
+    ``effective`` the effective sample size of ``joint`` out of ``samples``. None for a posterior without a density. All take
+    their samples from ``model.posteriors``. ``refined`` is log p(X) with samples of the refined joint posterior, a tighter
+    bound, of models that refine.
     """
     torch.set_num_threads(config.thread_count)
     model = model.eval().requires_grad_(False)
@@ -73,7 +75,7 @@ def evaluate_comparison(
         metrics["gap"] = _gap(config, model, batches[0].take(slice(GAP_ROWS)), progress)
         closed = metrics["gap"] and metrics["gap"]["closed_by_step"]
         metrics["gap_closed"] = closed[config.horizon] if closed and model.refines else None
-        metrics["log_likelihood"] = _log_likelihoods(model, batches[0].take(slice(LIKELIHOOD_ROWS)), progress)
+        metrics["log_likelihood"] = _log_likelihoods(config, model, batches[0].take(slice(LIKELIHOOD_ROWS)), progress)
     return {**metrics, "evaluation_seconds": round(time.perf_counter() - start_time, 1)}
 
 
@@ -236,7 +238,7 @@ def _gap(config: Config, model: TrainableModel, batch: Batch, progress: Progress
     }
 
 
-def _log_likelihoods(model: TrainableModel, batch: Batch, progress: Progress) -> dict[str, Any]:
+def _log_likelihoods(config: Config, model: TrainableModel, batch: Batch, progress: Progress) -> dict[str, Any]:
     """Compute ``log_likelihood`` of ``evaluate_comparison``."""
     names = [m.name for m in model.modalities]
     complete = batch.take(batch.present.all(1))
@@ -259,13 +261,21 @@ def _log_likelihoods(model: TrainableModel, batch: Batch, progress: Progress) ->
     joint = marginal[everything]
     assert joint is not None
     conditional = {s: None if (m := marginal[s]) is None else (joint - m).mean().item() for s in sources}
-    return {
+    metrics = {
         "rows": len(complete.present),
         "samples": LIKELIHOOD_SAMPLES,
         "effective": effective,
         "joint": joint.mean().item(),
         "conditional": conditional,
     }
+    start = model.joint_posterior(complete.arrays, complete.present) if model.refines else None
+    if start is not None:
+        generator, samples = torch.Generator().manual_seed(0), config.refiner.serving_samples
+        *_, refined = model.refinement_path(complete, start, standard_like(start), config.horizon, samples, generator)
+        proposal, generator = GaussianPosterior(refined), torch.Generator().manual_seed(0)
+        bound, _ = log_likelihood(model, complete.arrays, complete.present, proposal, LIKELIHOOD_SAMPLES, generator)
+        metrics["refined"] = bound.mean().item()
+    return metrics
 
 
 def _nest(flat: Mapping[tuple[str, str], float]) -> dict[str, dict[str, float]]:
