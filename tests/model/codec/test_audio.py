@@ -216,7 +216,7 @@ def test_render_returns_wav_spectrogram_on_demand_or_raw() -> None:
 
 def test_missing_packages_are_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "soxr", None)
-    with pytest.raises(ImportError, match=r"concord-mvae\[audio\]"):
+    with pytest.raises(ImportError, match=r"pip install .*\[audio\]"):
         codec.check_installed([SOUND])
 
 

@@ -132,7 +132,7 @@ def test_runtime_of_a_bundle_with_sound_without_its_packages_names_the_extra(
 ) -> None:
     opened = write_bundle(tmp_path / "bundle", [SOUND, CategoricalModality(name="word", classes=("one", "two"))], tiny_facts)
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    with pytest.raises(bundle.BundleError, match=r"bundle: .*concord-mvae\[audio\]"):
+    with pytest.raises(bundle.BundleError, match=r"bundle: .*pip install .*\[audio\]"):
         Runtime(opened, threads=1)
 
 
