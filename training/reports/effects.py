@@ -14,8 +14,6 @@ from concord.training.reports.tables import mean_and_std, pair_scores, write_sec
 VARIANTS = ("concord", "unrefined", "unaligned", "neither")
 """The model; without refinement of the teacher; without a teacher; without both."""
 _FAMILIES = ("recall@10", "accuracy", "mean average precision", "R²")
-_PROBE = re.compile(r"probe of [^+]*")
-
 DIGITS = {"digits-gaussian": "concord", **{f"digits-{name}": name for name in VARIANTS[1:]}}
 """Variants of digits. The first is the configuration that the others extend."""
 Scores = Mapping[str, float]
@@ -54,14 +52,20 @@ def effects_table(runs: Mapping[str, Sequence[Scores]]) -> str:
 
 
 def effect_scores(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scores of one model by title, each with the direction in which it is better."""
+    """Return the scores of one model by title, each with the direction in which it is better.
+
+    A score is the mean over all pairs of single modalities that have it, or over all single modalities.
+
+    Args:
+        evaluation: figures of ``evaluate``.
+    """
     of_pairs = {title: value for title, (value, *_) in pair_scores(evaluation).items() if " others" not in title}
     scores = {}
     for family in _FAMILIES:
         values = [value for title, value in of_pairs.items() if title.endswith(f", {family}")]
         if values:
             scores[f"{family} ↑"] = statistics.fmean(values)
-    if probes := [value for title, value in of_pairs.items() if _PROBE.fullmatch(title)]:
+    if probes := [value for title, value in of_pairs.items() if title.startswith("probe of ") and title != "probe of joint"]:
         scores["probe ↑"] = statistics.fmean(probes)
     distances = [
         metrics["frechet_efficientnet"]
@@ -71,9 +75,8 @@ def effect_scores(evaluation: Mapping[str, Any]) -> dict[str, float]:
     ]
     if distances:
         scores["FD of pictures ↓"] = statistics.fmean(distances)
-    for title, by_step in request_scores(evaluation).items():
-        if title == "log-likelihood, nats, from 1 modality":
-            scores["log-likelihood of what is absent, from one modality, nats ↑"] = by_step[0]
+    if by_step := request_scores(evaluation).get("log-likelihood, nats, from 1 modality"):
+        scores["log-likelihood of what is absent, from one modality, nats ↑"] = by_step[0]
     if refinement := evaluation.get("refinement"):
         scores["ELBO of the joint posterior, weighted nats ↑"] = refinement["elbo_joint"]
         scores["ELBO of the aligned posterior, weighted nats ↑"] = refinement["elbo_before"]

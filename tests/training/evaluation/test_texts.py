@@ -11,6 +11,7 @@ from concord.model.modality import CategoricalModality, TextModality, VectorModa
 from concord.training import config
 from concord.training.checkpoint import Run
 from concord.training.data import dataset
+from concord.training.evaluation import texts
 from concord.training.evaluation.metrics.cider import CiderD
 from concord.training.evaluation.metrics.texts import UNKNOWN_WORD, words
 from concord.training.evaluation.texts import _nearest_score, _TrainingRows, evaluate_texts
@@ -94,7 +95,9 @@ def test_evaluate_texts_of_an_untrained_model_has_all_metrics(folder: Path, like
     assert evaluate_texts(model, train, test)["texts"]["caption"] == found
 
 
-def test_autoregressive_captions_of_a_trained_model_read_and_follow_z(folder: Path, tmp_path: Path) -> None:
+def test_autoregressive_captions_of_a_trained_model_read_and_follow_z(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = settings_of(folder, "autoregressive")
     train, test = dataset.load(settings, "train"), dataset.load(settings, "test")
     model = fit(settings, train, Run(tmp_path, settings), Progress()).requires_grad_(False)
@@ -108,7 +111,13 @@ def test_autoregressive_captions_of_a_trained_model_read_and_follow_z(folder: Pa
         assert values["nats_shuffled"] - values["nats"] > 0.3
         assert values["nats"] < 0.2
         assert values["sampled"]["known_pairs"] > 0.9
-        assert values["sampled"]["distinct"] >= values["distinct"]
+        assert values["sampled"]["temperature"] == 0.3
+    monkeypatch.setattr(texts, "SAMPLING_TEMPERATURE", 5.0)
+    hot = evaluate_texts(model, train, test)["texts"]["caption"]
+    for source, values in hot.items():
+        assert values["sampled"]["known_pairs"] < 0.8
+        assert values["known_pairs"] == found[source]["known_pairs"]
+        assert values["sampled"]["distinct"] > values["distinct"]
 
 
 def with_classes(settings: config.Config, test: str) -> config.Config:

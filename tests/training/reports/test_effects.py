@@ -22,7 +22,7 @@ def evaluation(value: float) -> dict[str, Any]:
         },
         "classes": {"kind": {"title": {"rows": 100, "accuracy": value, "majority": 0.1}}},
         "numbers": {},
-        "probe": {"photo": value, "title": value, "photo+title": 1.0},
+        "probe": {"photo": value, "title": value, "photo+title": 1.0, "joint": 1.0},
         "pictures": {"photo": {source: {"frechet_efficientnet": 100 * value} for source in ("photo", "title", "prior")}},
         "refinement": {"elbo_joint": 10 * value, "elbo_before": 5 * value},
         "requests": {"steps": [0, 1], "present": {"1": {"log_likelihood": {"photo": [value, 9.0], "title": [3 * value, 9.0]}}}},
