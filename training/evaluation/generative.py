@@ -16,7 +16,7 @@ from concord.training.evaluation.metrics.coherence import cross_coherence, joint
 from concord.training.evaluation.metrics.cosine import cosine
 from concord.training.evaluation.metrics.frozen_classifier import FrozenClassifier, ImageClassifier
 from concord.training.evaluation.metrics.gap import ADAM_STEPS, adam_limit, elbos, gap_closed
-from concord.training.evaluation.metrics.likelihood import log_likelihood
+from concord.training.evaluation.metrics.likelihood import best_proposal, log_likelihood
 from concord.training.objectives import every_subset, figure_name, named_subsets
 from concord.training.posteriors import GaussianPosterior
 from concord.training.progress import Progress
@@ -59,8 +59,8 @@ def evaluate_comparison(
 
     ``log_likelihood``: in plain nats. ``joint`` is log p(X), ``conditional`` {source: log p(the others | source)}, and
     ``effective`` the effective sample size of ``joint`` out of ``samples``. None for a posterior without a density. All take
-    their samples from ``model.posteriors``. ``refined`` is log p(X) with samples of the refined joint posterior, a tighter
-    bound, of models that refine.
+    their samples from ``model.posteriors``. ``best`` is log p(X) with samples of ``best_proposal``, a much tighter bound, and
+    ``best_effective`` its effective sample size.
     """
     torch.set_num_threads(config.thread_count)
     model = model.eval().requires_grad_(False)
@@ -75,7 +75,7 @@ def evaluate_comparison(
         metrics["gap"] = _gap(config, model, batches[0].take(slice(GAP_ROWS)), progress)
         closed = metrics["gap"] and metrics["gap"]["closed_by_step"]
         metrics["gap_closed"] = closed[config.horizon] if closed and model.refines else None
-        metrics["log_likelihood"] = _log_likelihoods(config, model, batches[0].take(slice(LIKELIHOOD_ROWS)), progress)
+        metrics["log_likelihood"] = _log_likelihoods(model, batches[0].take(slice(LIKELIHOOD_ROWS)), progress)
     return {**metrics, "evaluation_seconds": round(time.perf_counter() - start_time, 1)}
 
 
@@ -238,7 +238,7 @@ def _gap(config: Config, model: TrainableModel, batch: Batch, progress: Progress
     }
 
 
-def _log_likelihoods(config: Config, model: TrainableModel, batch: Batch, progress: Progress) -> dict[str, Any]:
+def _log_likelihoods(model: TrainableModel, batch: Batch, progress: Progress) -> dict[str, Any]:
     """Compute ``log_likelihood`` of ``evaluate_comparison``."""
     names = [m.name for m in model.modalities]
     complete = batch.take(batch.present.all(1))
@@ -268,14 +268,11 @@ def _log_likelihoods(config: Config, model: TrainableModel, batch: Batch, progre
         "joint": joint.mean().item(),
         "conditional": conditional,
     }
-    start = model.joint_posterior(complete.arrays, complete.present) if model.refines else None
-    if start is not None:
-        generator, samples = torch.Generator().manual_seed(0), config.refiner.serving_samples
-        *_, refined = model.refinement_path(complete, start, standard_like(start), config.horizon, samples, generator)
-        proposal, generator = GaussianPosterior(refined), torch.Generator().manual_seed(0)
-        bound, _ = log_likelihood(model, complete.arrays, complete.present, proposal, LIKELIHOOD_SAMPLES, generator)
-        metrics["refined"] = bound.mean().item()
-    return metrics
+    progress.say(f"likelihood: {ADAM_STEPS} steps of Adam for {len(complete.present)} rows")
+    generator = torch.Generator().manual_seed(0)
+    proposal = best_proposal(model, complete.arrays, complete.present, q.mean, generator)  # q of all modalities, the last one
+    bound, sizes = log_likelihood(model, complete.arrays, complete.present, proposal, LIKELIHOOD_SAMPLES, generator)
+    return {**metrics, "best": bound.mean().item(), "best_effective": sizes.mean().item()}
 
 
 def _nest(flat: Mapping[tuple[str, str], float]) -> dict[str, dict[str, float]]:

@@ -93,6 +93,7 @@ def class_scores(row: Mapping[str, Any]) -> dict[str, float]:
         "frechet": "FD of pictures ↓",
         "cosine": "cosine ↑",
         "log_likelihood": "log p(X), nats ↑",
+        "log_likelihood_best": "log p(X), best proposal, nats ↑",
     }
     return {title: value for name, title in titles.items() if (value := scores[name]) is not None}
 

@@ -53,7 +53,8 @@ def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
 
     ``probe``: mean over single modalities. ``coherence_one``, ``coherence_more``: mean over targets and over sources of one or
     of multiple modalities, sampled at temperature 1. ``coherence_joint``: of samples of the prior. ``frechet``: mean over
-    images and single sources. ``cosine``: mean over modalities of matched minus shuffled. ``log_likelihood``: log p(X) in nats.
+    images and single sources. ``cosine``: mean over modalities of matched minus shuffled. ``log_likelihood``: log p(X) in nats,
+    with samples of the model's posterior, ``log_likelihood_best`` with those of the best Gaussian of each row.
     """
     distances = row["frechet"]
     return {
@@ -65,6 +66,7 @@ def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
         "cosine": _mean([v["matched"] - v["shuffled"] for v in row["cosine"].values()]),
         "gap_closed": row["gap_closed"],
         "log_likelihood": row["log_likelihood"]["joint"],
+        "log_likelihood_best": row["log_likelihood"].get("best"),
         "minutes": row["seconds"] / 60,
     }
 

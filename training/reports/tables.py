@@ -31,6 +31,7 @@ COLUMNS = {
     "cosine": ("cosine ↑", "{:.3f}"),
     "gap_closed": ("gap closed ↑", "{:.0%}"),
     "log_likelihood": ("log p(X) ↑", "{:,.0f}"),
+    "log_likelihood_best": ("log p(X), best proposal ↑", "{:,.0f}"),
     "minutes": ("minutes ↓", "{:.1f}"),
 }
 """Title, with ↑ where higher and ↓ where lower is better, and number format of each score."""
@@ -149,7 +150,7 @@ def comparison_table(content: Mapping[str, Any]) -> str:
     """Return a Markdown table of a results file of ``compare``.
 
     Cells are means over seeds and standard deviations. The best mean of a column is bold. A cell is empty if a seed lacks the
-    score.
+    score. A column without any score is left out.
     """
     budget, rows = content["budget"], content["rows"]
     size = f"{budget['rows_per_epoch']:,}" if budget["rows_per_epoch"] else "all"
@@ -163,13 +164,16 @@ def comparison_table(content: Mapping[str, Any]) -> str:
         *_wrap(content["command"]),
         "```",
         "",
-        f"| model | {' | '.join(title for title, _ in COLUMNS.values())} |",
-        f"| --- |{' --- |' * len(COLUMNS)}",
     ]
     averages = {model: {score: average(done, score) for score in COLUMNS} for model, done in finished_rows(content)}
+    columns = {score: column for score, column in COLUMNS.items() if any(of[score][0] is not None for of in averages.values())}
+    lines += [
+        f"| model | {' | '.join(title for title, _ in columns.values())} |",
+        f"| --- |{' --- |' * len(columns)}",
+    ]
     for model, scores in averages.items():
         cells = []
-        for score, (_, number_format) in COLUMNS.items():
+        for score, (_, number_format) in columns.items():
             mean, std = scores[score]
             deviation = f" ± {number_format.format(std)}" if std is not None else ""
             cell = "" if mean is None else number_format.format(mean) + deviation

@@ -76,9 +76,11 @@ def test_row_scores_are_means_over_sources_and_targets() -> None:
             "cosine": 0.6,
             "gap_closed": 0.66,
             "log_likelihood": -1234.5,
+            "log_likelihood_best": None,
             "minutes": 1.5,
         }
     )
+    assert row_scores(row("concord", 0, 0.8, log_likelihood={"joint": -9.0, "best": -7.0}))["log_likelihood_best"] == -7
 
 
 def test_rename_old_keys_accepts_metrics_of_older_runs() -> None:
@@ -125,6 +127,14 @@ def test_comparison_table_has_means_deviations_and_bold_best(content: dict[str, 
     assert mmvae.startswith("| MMVAE | 0.800 | **0.600** |")
     assert mmvae.endswith("|  | **-1,234** | **1.5** |")
     assert "Not in the table: JNF with seed 0 (failed)." in table
+
+
+def test_comparison_table_leaves_out_a_column_without_scores(content: dict[str, Any]) -> None:
+    assert "best proposal" not in comparison_table(content)
+    for each in content["rows"]:
+        each["log_likelihood"] = {"joint": -1234.5, "best": -1200.0}
+    assert "| log p(X) ↑ | log p(X), best proposal ↑ | minutes ↓ |" in comparison_table(content)
+    assert "| **-1,234** | **-1,200** | **1.5** |" in comparison_table(content)
 
 
 def test_comparison_table_wraps_a_long_command(content: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ The best Gaussian is found by 200 steps of Adam on the mean and log variance of 
 that refinement closes.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,20 +19,32 @@ SAMPLES = 4
 """Noise samples per Adam step, new at each step: Adam would overfit fixed noise."""
 EVALUATION_SAMPLES = 64
 
+Objective = Callable[[Gaussian, Float[Tensor, "batch sample latent"]], Float[Tensor, " batch"]]
+
 
 def adam_limit(model: Generative, batch: Batch, start: Gaussian, generator: torch.Generator) -> Gaussian:
-    """Return each row's posterior after ADAM_STEPS of Adam from ``start``.
+    """Return each row's posterior after ADAM_STEPS of Adam from ``start``, to maximise the ELBO of the modalities present."""
+    prior = standard_like(start)
+    return best_gaussian(lambda q, noise: model.objective(batch.arrays, batch.present, q, prior, noise), start, generator)
 
-    Adam maximises the ELBO of the modalities present. Its learning rate falls linearly to zero.
+
+def best_gaussian(objective: Objective, start: Gaussian, generator: torch.Generator) -> Gaussian:
+    """Return the Gaussian of each row after ADAM_STEPS of Adam from ``start``, which maximise ``objective``.
+
+    The learning rate falls linearly to zero.
+
+    Args:
+        objective: of each row (batch,), given a Gaussian and standard normal noise (batch, sample, latent). No row may change
+            the objective of another one.
     """
     leaf = Gaussian(*(part.detach().clone().requires_grad_() for part in start))
     optimizer = torch.optim.Adam(leaf, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=ADAM_STEPS)
-    prior = standard_like(start)
+    rows, latent = start.mean.shape
     for _ in range(ADAM_STEPS):
-        noise = antithetic(torch.randn(len(batch.present), SAMPLES // 2, model.latent, generator=generator))
+        noise = antithetic(torch.randn(rows, SAMPLES // 2, latent, generator=generator)).to(start.mean.device)
         with torch.enable_grad():
-            loss = -model.objective(batch.arrays, batch.present, leaf, prior, noise).sum()
+            loss = -objective(leaf, noise).sum()
             gradients = torch.autograd.grad(loss, leaf)
         leaf.mean.grad, leaf.log_var.grad = gradients
         optimizer.step()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from concord.model.vae.gaussian import Gaussian
-from concord.training.evaluation.metrics.likelihood import log_likelihood
+from concord.model.vae.gaussian import Gaussian, kl
+from concord.training.evaluation.metrics.likelihood import best_proposal, log_likelihood
 from concord.training.posteriors import GaussianPosterior
 from tests.support.linear import Linear
 
@@ -35,6 +35,28 @@ def test_log_likelihood_ignores_weights_and_beta() -> None:
     model.beta, model.weights = 7.0, {"a": 3.0, "b": 0.1}
     estimate, _ = log_likelihood(model, batch.arrays, batch.present, posterior, 1, seeded())
     torch.testing.assert_close(estimate, model.log_marginal_likelihood(batch.arrays, [0, 1]), rtol=1e-4, atol=1e-4)
+
+
+def test_best_proposal_is_the_exact_posterior_of_a_model_trained_with_weights_and_beta() -> None:
+    model = Linear()
+    batch = model.batch(ROWS)
+    (exact,) = model.posteriors(batch.arrays, [batch.present])
+    model.beta, model.weights = 7.0, {"a": 3.0, "b": 0.1}
+    proposal = best_proposal(model, batch.arrays, batch.present, torch.zeros_like(exact.mean), seeded())
+    assert kl(proposal.gaussian, exact.gaussian).max() < 0.1
+    estimate, effective = log_likelihood(model, batch.arrays, batch.present, proposal, 64, seeded())
+    torch.testing.assert_close(estimate, model.log_marginal_likelihood(batch.arrays, [0, 1]), rtol=0, atol=0.05)
+    assert effective.min() > 50
+
+
+@pytest.mark.parametrize("subset", [[0], [1]])
+def test_best_proposal_uses_the_present_modalities_only(subset: list[int]) -> None:
+    model = Linear()
+    batch = model.batch(ROWS)
+    present = torch.zeros(ROWS, 2).bool()
+    present[:, subset] = True
+    (exact,) = model.posteriors(batch.arrays, [present])
+    assert kl(best_proposal(model, batch.arrays, present, exact.mean, seeded()).gaussian, exact.gaussian).max() < 0.1
 
 
 def test_log_likelihood_with_poor_proposal_is_a_rising_lower_bound() -> None:
