@@ -57,10 +57,9 @@ def evaluate_comparison(
 
     ``gap_closed``: share of the gap closed by the number of steps in training. None if the model does not refine.
 
-    ``log_likelihood``: in plain nats. ``joint`` is log p(X), ``conditional`` {source: log p(the others | source)}, and
-    ``effective`` the effective sample size of ``joint`` out of ``samples``. None for a posterior without a density. All take
-    their samples from ``model.posteriors``. ``best`` is log p(X) with samples of ``best_proposal``, a much tighter bound, and
-    ``best_effective`` its effective sample size.
+    ``log_likelihood``: of complete rows, log p(X) in plain nats. ``joint`` has samples of the posterior of all modalities,
+    ``best`` of ``best_proposal``, which is a much tighter bound. ``effective`` and ``best_effective`` are the effective sample
+    sizes out of ``samples``.
     """
     torch.set_num_threads(config.thread_count)
     model = model.eval().requires_grad_(False)
@@ -75,7 +74,7 @@ def evaluate_comparison(
         metrics["gap"] = _gap(config, model, batches[0].take(slice(GAP_ROWS)), progress)
         closed = metrics["gap"] and metrics["gap"]["closed_by_step"]
         metrics["gap_closed"] = closed[config.horizon] if closed and model.refines else None
-        metrics["log_likelihood"] = _log_likelihoods(model, batches[0].take(slice(LIKELIHOOD_ROWS)), progress)
+        metrics["log_likelihood"] = _log_likelihood(model, batches[0].take(slice(LIKELIHOOD_ROWS)), progress)
     return {**metrics, "evaluation_seconds": round(time.perf_counter() - start_time, 1)}
 
 
@@ -238,41 +237,19 @@ def _gap(config: Config, model: TrainableModel, batch: Batch, progress: Progress
     }
 
 
-def _log_likelihoods(model: TrainableModel, batch: Batch, progress: Progress) -> dict[str, Any]:
+def _log_likelihood(model: TrainableModel, batch: Batch, progress: Progress) -> dict[str, Any]:
     """Compute ``log_likelihood`` of ``evaluate_comparison``."""
-    names = [m.name for m in model.modalities]
     complete = batch.take(batch.present.all(1))
-    subsets = named_subsets(names)
-    marginal: dict[str, Tensor | None] = {}
-    effective = None
-    masks = [complete.present & mask for mask in subsets.values()]
-    with progress.stage("likelihood", len(subsets)) as advance:
-        for done, (subset, present, q) in enumerate(
-            zip(subsets, masks, model.posteriors(complete.arrays, masks), strict=True), start=1
-        ):
-            generator = torch.Generator().manual_seed(0)
-            try:
-                marginal[subset], sizes = log_likelihood(model, complete.arrays, present, q, LIKELIHOOD_SAMPLES, generator)
-                effective = sizes.mean().item()
-            except NotImplementedError:
-                marginal[subset] = None
-            advance(done, {})
-    *sources, everything = subsets
-    joint = marginal[everything]
-    assert joint is not None
-    conditional = {s: None if (m := marginal[s]) is None else (joint - m).mean().item() for s in sources}
-    metrics = {
-        "rows": len(complete.present),
-        "samples": LIKELIHOOD_SAMPLES,
-        "effective": effective,
-        "joint": joint.mean().item(),
-        "conditional": conditional,
-    }
+    (posterior,) = model.posteriors(complete.arrays, [complete.present])
     progress.say(f"likelihood: {ADAM_STEPS} steps of Adam for {len(complete.present)} rows")
     generator = torch.Generator().manual_seed(0)
-    proposal = best_proposal(model, complete.arrays, complete.present, q.mean, generator)  # q of all modalities, the last one
-    bound, sizes = log_likelihood(model, complete.arrays, complete.present, proposal, LIKELIHOOD_SAMPLES, generator)
-    return {**metrics, "best": bound.mean().item(), "best_effective": sizes.mean().item()}
+    best = best_proposal(model, complete.arrays, complete.present, posterior.mean, generator)
+    metrics: dict[str, Any] = {"rows": len(complete.present), "samples": LIKELIHOOD_SAMPLES}
+    for name, effective, proposal in (("joint", "effective", posterior), ("best", "best_effective", best)):
+        generator = torch.Generator().manual_seed(0)
+        bound, sizes = log_likelihood(model, complete.arrays, complete.present, proposal, LIKELIHOOD_SAMPLES, generator)
+        metrics |= {name: bound.mean().item(), effective: sizes.mean().item()}
+    return metrics
 
 
 def _nest(flat: Mapping[tuple[str, str], float]) -> dict[str, dict[str, float]]:
