@@ -55,7 +55,6 @@ HASHES = {
     "ablations/weak-contrast.toml": "c219ec1e83226afd7b519db88017da9bc512206906f5808b70ae757a9f0c20c7",
     "ablations/wide.toml": "a35c67c3649253a326a91270abb5f8673973df5f8ff91549b5d6e15a889c00af",
     "birds-blocks.toml": "311937ebae4aea4b724d6f639983adaa4bda373af03ab63fb56d8707348ae9d5",
-    "birds-captions-long.toml": "8a1db7aaeca65fb9b8ef87ba2dba8d21629234b53ce3881651d669d5712785f5",
     "birds-captions.toml": "ade76d079eb3425898b4910a145173e4b2d3a7b49daccde0be5b7a310557a08d",
     "birds-complete.toml": "a030318edce62ed2fcf13d8dce3d29e23a0f303bc90778d99ad979a1b8fac45e",
     "birds-encoded.toml": "1c7ff32e7abc30a3218f8ee4d1cbcc1c7ec1c1609ad60e45507b755d80ec3abf",
