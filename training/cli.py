@@ -244,6 +244,10 @@ def compare(
     test_rows: Annotated[
         int, typer.Option(help="Test rows of all figures but probe, retrieval and predictions.", min=2)
     ] = 2000,
+    held_out: Annotated[
+        int | None,
+        typer.Option(help="So many training rows replace the test rows, to choose settings. They are not trained on.", min=2),
+    ] = None,
     folder: Folder = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/compare-<name>.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of the results file.")] = RESULTS,
@@ -257,4 +261,6 @@ def compare(
     """
     from concord.training import commands
 
-    commands.compare(configuration, variants or [], models, seeds, rows_per_epoch, test_rows, folder, out, results, device)
+    commands.compare(
+        configuration, variants or [], models, seeds, rows_per_epoch, test_rows, held_out, folder, out, results, device
+    )

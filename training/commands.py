@@ -327,6 +327,7 @@ def compare(
     seeds: str,
     rows_per_epoch: int | None,
     test_rows: int,
+    held_out: int | None,
     folder: Path | None,
     out: Path | None,
     results: Path,
@@ -335,10 +336,11 @@ def compare(
     """Train and measure several models and variants over several seeds."""
     overrides = Overrides(device=device)
     settings, variant_settings = overrides.read(configuration), [overrides.read(variant) for variant in variants]
-    plan = Plan(settings, _models(models), _seeds(seeds), rows_per_epoch, test_rows, variant_settings)
+    plan = Plan(settings, _models(models), _seeds(seeds), rows_per_epoch, test_rows, variant_settings, held_out)
     files = " ".join(map(str, [configuration, *variants]))
     command = f"concord compare {files} --models {models} --seeds {seeds} --test-rows {test_rows}"
     command += f" --rows-per-epoch {rows_per_epoch}" if rows_per_epoch else ""
+    command += f" --held-out {held_out}" if held_out else ""
     out = out or Path("runs") / f"compare-{plan.name}"
     if settings.data.pairing == "row":
         for (name, seed), error in compare_by_row(plan, folder, out, results, Progress()).items():

@@ -219,6 +219,14 @@ class Dataset:
             )
             yield batch.to(self.device)
 
+    def for_evaluation(self) -> "Dataset":
+        """Return a data set of the same rows without the random changes and the limit of training."""
+        view = copy(self)
+        view._rows_per_epoch = None
+        view._other_texts = ()
+        view._word_dropout = {}  # metrics shuffle test rows too, and their likelihoods are those of whole texts
+        return view
+
     def hold_out(self, count: int) -> tuple["Dataset", "Dataset"]:
         """Return views of all but ``count`` rows, and of these rows. The random choice is the same in every run.
 
@@ -232,7 +240,8 @@ class Dataset:
         count = -(-count // size)
         if 2 * count > (self.shard.smallest if self.shard else len(self)):
             raise ConfigError(
-                f"validation.rows is {count * size}, but there are {self.sources[0].rows} training rows. Hold out at most half"
+                f"{count * size} rows are to be held out, but there are {self.sources[0].rows} training rows. Hold out at most "
+                "half (validation.rows, or --held-out)"
             )
         order = np.random.default_rng(0).permutation(len(self))
         kept, held_out = copy(self), copy(self)
@@ -414,16 +423,30 @@ def load(config: Config, split: Split, folder: Path | None = None, training: Dat
         for source in data.sources
     ]
     loaded = Dataset(tables, list(modalities.values()), data, data.rows_per_epoch if split == "train" else None)
-    if split == "test":
-        loaded._other_texts = ()
-        loaded._word_dropout = {}  # metrics shuffle test rows too, and their likelihoods are those of whole texts
     loaded.encoders = tuple({features.files.name: features.files for features in encoders.values()}.values())
     loaded.notes += [note for features in encoders.values() for note in features.notes]
     loaded.fitted = fitted
     if split == "train":
         _require_pairs(loaded, loaded.subsets())
         _require_several_texts(loaded, data.average_texts)
-    return loaded
+    return loaded if split == "train" else loaded.for_evaluation()
+
+
+def load_both(config: Config, folder: Path | None, held_out: int | None = None) -> tuple[Dataset, Dataset]:
+    """Read the training and the test rows.
+
+    Args:
+        held_out: the test rows are so many training rows instead, see ``Dataset.hold_out``. They are not trained on.
+
+    Raises:
+        ConfigError: fewer than ``held_out`` rows would be left.
+        DataError: see ``load``.
+    """
+    train = load(config, "train", folder)
+    if held_out is None:
+        return train, load(config, "test", folder, train)
+    kept, test = train.hold_out(held_out)
+    return kept, test.for_evaluation()
 
 
 def data_folders(config: Config, folder: Path | None) -> tuple[Path, Path | None]:

@@ -71,6 +71,8 @@ class Plan(NamedTuple):
     test_rows: int
     variants: Sequence[Config] = ()
     """Configurations that differ in how the model is trained. Each is a row under its name, next to the models."""
+    held_out: int | None = None
+    """Number of training rows that replace the test rows, to choose settings. They are not trained on."""
 
     def config_for(self, name: str, seed: int) -> Config:
         """Return the configuration of one run of a model or a variant."""
@@ -110,8 +112,9 @@ class Plan(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the results. A reduced budget has another name, so that it never overwrites the results of the full one."""
-        return self.config.name + (f"-{self.rows_per_epoch}" if self.rows_per_epoch is not None else "")
+        """Name of the results. A reduced budget and held-out rows have another name, so that they never overwrite results."""
+        budget = f"-{self.rows_per_epoch}" if self.rows_per_epoch is not None else ""
+        return self.config.name + budget + (f"-held-out-{self.held_out}" if self.held_out is not None else "")
 
 
 def _data_of(config: Config) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
         rows[name, seed] = {**plan.row_header(name, seed), "status": "missing"}
     classifiers = [out / classifier_file(m) for m in plan.config.modalities if isinstance(m, ImageModality | AudioModality)]
     if not all(file.exists() for file in classifiers) and (
-        error := _run_in_subprocess(_fit_classifiers, out, plan.config, folder)
+        error := _run_in_subprocess(_fit_classifiers, out, plan.config, folder, plan.held_out)
     ):
         raise ConfigError(f"the frozen classifiers could not be fitted: {error}")
     for done, (name, seed) in enumerate(requested, start=1):
@@ -198,14 +201,16 @@ def compare_by_row(plan: Plan, folder: Path | None, out: Path, results: Path, pr
         progress.say(f"{name}, seed {seed}: {done} of {len(requested)}")
         path, baselines = out / f"{name}-{seed}", all(errors.values())
         errors[name, seed] = _run_in_subprocess(
-            _fit_and_evaluate, path, plan.config_for(name, seed), folder, plan.test_rows, baselines
+            _fit_and_evaluate, path, plan.config_for(name, seed), folder, plan.held_out, plan.test_rows, baselines
         )
         if not errors[name, seed]:
             shutil.copyfile(path / EVALUATION, target / f"{name}-{seed}.json")
     return errors
 
 
-def _fit_and_evaluate(path: Path, config: Config, folder: Path | None, test_rows: int, baselines: bool) -> None:
+def _fit_and_evaluate(
+    path: Path, config: Config, folder: Path | None, held_out: int | None, test_rows: int, baselines: bool
+) -> None:
     """Train and evaluate one model, unless its folder has the evaluation already.
 
     Args:
@@ -217,7 +222,7 @@ def _fit_and_evaluate(path: Path, config: Config, folder: Path | None, test_rows
         run, progress = Run(path, config), Progress()
         if (path / EVALUATION).exists() and (not baselines or "linear" in run.read(EVALUATION)):
             return
-        train, test = dataset.load(config, "train", folder), dataset.load(config, "test", folder)
+        train, test = dataset.load_both(config, folder, held_out)
         keep_run_data(run, RunData.from_data(train, test))
         model = load(config, train.modalities, run) or fit(config, train, run, progress)
         device = resolve_device(config.device)
@@ -300,49 +305,39 @@ def _row(plan: Plan, name: str, seed: int, folder: Path | None, out: Path) -> di
     """Return the row of a run from its folder. Run it if the row is missing or of another configuration."""
     config, path = plan.config_for(name, seed), out / f"{name}-{seed}"
     file = path / ROW
-    expected = {"config_sha256": config.sha256, "test_rows": plan.test_rows}
+    expected = {"config_sha256": config.sha256, "test_rows": plan.test_rows, "held_out": plan.held_out}
     if file.exists():
         row = rename_old_keys(json.loads(file.read_text()))
-        if all(row[key] == value for key, value in expected.items()):
+        if all(row.get(key) == value for key, value in expected.items()):
             return row
-    if error := _run_in_subprocess(_run, path, config, plan.config, folder, out, plan.test_rows):
+    if error := _run_in_subprocess(_run, path, config, plan, folder, out):
         return {"status": "failed", "error": error}
     return dict(json.loads(file.read_text()))
 
 
-def _run(path: Path, config: Config, full_config: Config, folder: Path | None, out: Path, test_rows: int) -> None:
-    """Train and evaluate one model, and write its row and its sample grid.
-
-    Args:
-        full_config: with the full training budget. The frozen classifiers use it, also if the run has a reduced budget.
-    """
+def _run(path: Path, config: Config, plan: Plan, folder: Path | None, out: Path) -> None:
+    """Train and evaluate one model, and write its row and its sample grid."""
     with RunLock(path, "a comparison") as lock:
         lock.acquire()
-        train, test = dataset.load(config, "train", folder), dataset.load(config, "test", folder)
+        train, test = dataset.load_both(config, folder, plan.held_out)
         with full_disk_reported(path):
-            _train_and_evaluate(path, config, full_config, train, test, folder, out, test_rows)
+            _train_and_evaluate(path, config, plan, train, test, folder, out)
 
 
 def _train_and_evaluate(
-    path: Path,
-    config: Config,
-    full_config: Config,
-    train: Dataset,
-    test: Dataset,
-    folder: Path | None,
-    out: Path,
-    test_rows: int,
+    path: Path, config: Config, plan: Plan, train: Dataset, test: Dataset, folder: Path | None, out: Path
 ) -> None:
     run, progress = Run(path, config), Progress()
     keep_run_data(run, RunData.from_data(train, test))
     model = load(config, train.modalities, run) or fit(config, train, run, progress)
-    full_train = train if config.data == full_config.data else dataset.load(full_config, "train", folder)
+    # The frozen classifiers have the full budget, also if the run has a reduced one.
+    full_train = train if config.data == plan.config.data else dataset.load_both(plan.config, folder, plan.held_out)[0]
     device = resolve_device(config.device)
     train, test, full_train = train.to(device), test.to(device), full_train.to(device)
     with EvaluationDevice(device):
-        classifiers = frozen_classifiers(full_config, full_train, out, progress)
-        metrics = evaluate(config, model, train, test, progress, refined_rows=test_rows, classifiers=classifiers)
-        metrics |= evaluate_comparison(config, model, test, classifiers, test_rows, progress)
+        classifiers = frozen_classifiers(plan.config, full_train, out, progress)
+        metrics = evaluate(config, model, train, test, progress, refined_rows=plan.test_rows, classifiers=classifiers)
+        metrics |= evaluate_comparison(config, model, test, classifiers, plan.test_rows, progress)
         render_grid(model, *select_examples(test)).save(path / GRID, optimize=True)
     cost = run.cost()
     run.write(
@@ -356,17 +351,19 @@ def _train_and_evaluate(
             "data": [source.model_dump() for source in (*train.sources, *test.sources)],
             "parameters": sum(p.numel() for p in model.parameters()),
             **metrics,
-            "test_rows": test_rows,  # replaces the number of all test rows, which the probe uses
+            "test_rows": plan.test_rows,  # replaces the number of all test rows, which the probe uses
+            "held_out": plan.held_out,
             "seconds": cost["seconds"],
             "peak_memory_bytes": cost["peak_memory_bytes"],
         },
     )
 
 
-def _fit_classifiers(out: Path, config: Config, folder: Path | None) -> None:
+def _fit_classifiers(out: Path, config: Config, folder: Path | None, held_out: int | None) -> None:
     device = resolve_device(config.device)
     with EvaluationDevice(device):
-        frozen_classifiers(config, dataset.load(config, "train", folder).to(device), out, Progress())
+        train, _ = dataset.load_both(config, folder, held_out)
+        frozen_classifiers(config, train.to(device), out, Progress())
 
 
 def _run_in_subprocess(function: Callable[..., None], path: Path, *arguments: Any) -> str | None:

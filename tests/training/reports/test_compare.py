@@ -154,7 +154,7 @@ def test_compare_by_row_fits_linear_baselines_for_a_first_run_that_was_evaluated
     config = config_file.read(write_config(tmp_path / "c.toml", joint=stage, refiner={**stage, "steps": 1}, align=stage))
     plan, runs, results = Plan(config, ("contrastive",), (0,), None, 8), tmp_path / "runs", tmp_path / "results"
     (runs / "contrastive-0").mkdir(parents=True)
-    compare._fit_and_evaluate(runs / "contrastive-0", plan.config_for("contrastive", 0), None, 8, baselines=False)
+    compare._fit_and_evaluate(runs / "contrastive-0", plan.config_for("contrastive", 0), None, None, 8, baselines=False)
     file, checkpoint = runs / "contrastive-0" / "evaluation.json", runs / "contrastive-0" / "checkpoint.pt"
     before, trained = json.loads(file.read_text()), checkpoint.read_bytes()
     assert "linear" not in before
@@ -165,6 +165,32 @@ def test_compare_by_row_fits_linear_baselines_for_a_first_run_that_was_evaluated
     assert figures["linear"]
     assert figures["probe"] == before["probe"]
     assert checkpoint.read_bytes() == trained
+
+
+def test_compare_with_held_out_rows_reads_no_test_rows_and_has_its_own_results(
+    write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {}
+
+    def evaluate(*arguments: Any, **_: Any) -> dict[str, Any]:
+        _, _, train, test, *_ = arguments
+        measured["rows"] = (set(train._rows), set(test._rows), {source.file for source in test.sources})
+        return {}
+
+    monkeypatch.setattr(compare, "evaluate", evaluate)
+    monkeypatch.setattr(compare, "fit", lambda *_: None)
+    monkeypatch.setattr(compare.Run, "cost", lambda _: {})
+    monkeypatch.setattr(compare, "_run_in_subprocess", lambda function, *arguments: function(*arguments))
+    config = write_config(tmp_path / "tiny.toml")
+    options = ["--models", "concord", "--seeds", "0", "--held-out", "8", "--out", str(tmp_path / "runs")]
+    result = CliRunner().invoke(app, ["compare", str(config), *options, "--results", str(tmp_path / "results")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "results" / "tiny-held-out-8" / "concord-0.json").exists()
+    train, test, files = measured["rows"]
+    assert len(test) == 8
+    assert not train & test
+    assert train | test == set(range(len(train) + 8))
+    assert not any("test" in file for file in files)
 
 
 def test_compare_by_row_fits_linear_baselines_in_the_first_run_that_succeeds(
