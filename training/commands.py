@@ -314,7 +314,9 @@ def report(root: Path, bundle: Path | None, results: Path) -> None:
         write_methods(document, results / name)
     write_effects(document, results / "ablations")
     write_sentences(document, [results / name for name in SENTENCES])
-    charts = write_comparisons(document, results) + write_comparisons(document, results / "ablations", "ablations")
+    charts = write_comparisons(document, results)
+    for section in ("ablations", "held-out"):
+        charts += write_comparisons(document, results / section, section)
     for chart in charts:
         print(chart)
 

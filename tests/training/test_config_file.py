@@ -36,9 +36,11 @@ HASHES = {
     "ablations/four-steps.toml": "3bbe8f7fd56c190fcc06ff32203d86cb68b8d2f616d5947883f7e5fe3571286c",
     "ablations/gaussian.toml": "0017807b6bde6d2bb191ac16daf79a1aa6d0b9a7cce2a1d40c740591618c12e6",
     "ablations/half-width.toml": "e7f24b978f1dd92d952bd74732ed6ce57101edeae210d0ddbfefee6682a90a4f",
+    "ablations/high-beta.toml": "c251734098aee373b6da625ca2fcc5a427ac35a9c1bb09a115196e50e111892a",
     "ablations/information.toml": "e52ae623d219c9675fe1cd20809eb8533c98e298817e2411485cb1f69d8bb6ec",
     "ablations/latent-8-unrefined.toml": "d385f27233fd17f5b49ce50ba4376d7a92aadc29492bcd1cc3d6007c23e0956a",
     "ablations/latent-8.toml": "0c291514bb8ae9504373513239f06ef8588a08cf0cda31ea8bde34edaeff27cd",
+    "ablations/low-beta.toml": "b3ea5d5861595a8dd4dc747784ef6e422167368fff14a9640e681589c05096a4",
     "ablations/narrow-unrefined.toml": "c88a79033953f9571f47b3cd591a6f471c6ee1b52e33f1635fd898604bac49be",
     "ablations/narrow.toml": "d7d99122f4e8fd9bdd11bd1d3ef8f4de41b265f2850e3dcfa7d7c22dbb370e03",
     "ablations/neither.toml": "1778d95ccdecb85741a4fb37afbb06bcb37036bf0c28fe6c86049f92235d0c30",
@@ -74,6 +76,7 @@ HASHES = {
     "fashion-titles.toml": "a593875c871002d0a0481ff7c77261b4e882c5048f3950c452fa18007d2f97f5",
     "fashion.toml": "8a7519e1d698067e9ac0f88207cf4550f23f62e308eed46f410e9c695dd0bcd1",
     "flickr8k-captions.toml": "25f87f5b48f15cc5bad9481841a366f380ec5cfdb51b836a50319dcc20853e5a",
+    "flickr8k-pixels.toml": "4793ca9d212e8b7baafdb1695bd5654078501b94fd08b36c0f1b5eeab7f6a508",
     "flickr8k.toml": "62b31c3e2ce38ecd5d43045838507dc9c99b3729708630d4130ae2784b74ea54",
 }
 
