@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from concord.model.modality import Modality
-from concord.model.vae.gaussian import Gaussian, antithetic
+from concord.model.vae.gaussian import Gaussian, antithetic, standard_like
 from concord.model.vae.generative import Arrays
 from concord.model.vae.multimodal import MultimodalVAE
 from concord.training.config import Config
@@ -69,6 +69,14 @@ class Concord(MultimodalVAE, TrainableModel):
         if self.flow is None or not self.learns_prior:
             return noise
         return self.sample(Gaussian(torch.zeros_like(noise), torch.zeros_like(noise)), noise.unsqueeze(1))[:, 0]
+
+    def log_prior(self, z: Float[Tensor, "batch sample latent"]) -> Float[Tensor, "batch sample"]:
+        """Return the log density of the samples of ``sample_prior``, in nats."""
+        if self.flow is None or not self.learns_prior:
+            return super().log_prior(z)
+        prior = standard_like(Gaussian(z[:, 0], z[:, 0]))
+        density: Tensor = FlowPosterior(prior, self.flow, self.spread).log_density(z)
+        return density
 
     def joint_posterior(self, arrays: Arrays, present: Bool[Tensor, "batch modality"]) -> Gaussian:
         posterior: Gaussian = self.joint(arrays, present)

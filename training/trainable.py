@@ -18,7 +18,7 @@ from concord.model.vae.networks import NetworkSizes
 from concord.training import config
 from concord.training.data.dataset import Batch, Dataset
 from concord.training.distributed import Noise
-from concord.training.posteriors import Posterior
+from concord.training.posteriors import Posterior, log_prior
 
 
 class WholeBatch(NamedTuple):
@@ -148,6 +148,10 @@ class TrainableModel(Generative, ABC):
     def sample_prior(self, noise: Float[Tensor, "row latent"]) -> Float[Tensor, "row latent"]:
         """Return z of new rows of which nothing is known, from standard normal noise."""
         return noise
+
+    def log_prior(self, z: Float[Tensor, "batch sample latent"]) -> Float[Tensor, "batch sample"]:
+        """Return the log density of the samples of ``sample_prior``, in nats."""
+        return log_prior(z)
 
     def bundle_model(self) -> MultimodalVAE:
         """Return the networks of the bundle of an exportable model.

@@ -6,6 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from concord.model.modality import VectorModality
 from concord.model.vae.gaussian import Gaussian, antithetic, kl, sample, standard_like
@@ -15,7 +16,7 @@ from concord.training.concord import Concord
 from concord.training.data.dataset import Batch
 from concord.training.distributed import Noise
 from concord.training.objectives import contrastive_loss, every_subset, prediction_loss
-from concord.training.posteriors import FlowPosterior
+from concord.training.posteriors import FlowPosterior, log_prior
 from concord.training.stages import AlignStage, ContrastStage, FlowStage, JointStage, RefinerStage, RefreshStage
 from concord.training.trainable import Stage, WholeBatch
 
@@ -532,6 +533,7 @@ def test_flow_that_learns_the_prior_samples_like_all_rows_together(make_vae: Any
     vae = make_vae([VectorModality(name="a", size=1), VectorModality(name="b", size=1)], couplings=2).requires_grad_(True)
     noise = torch.randn(500, vae.latent, generator=torch.Generator().manual_seed(0))
     assert torch.equal(vae.sample_prior(noise), noise)
+    torch.testing.assert_close(vae.log_prior(noise.unsqueeze(0))[0], log_prior(noise))
     vae.learns_prior = True
     optimizer = torch.optim.Adam(vae.flow.parameters(), lr=1e-2)
     prior = Gaussian(torch.zeros(100, vae.latent), torch.zeros(100, vae.latent))
@@ -543,6 +545,9 @@ def test_flow_that_learns_the_prior_samples_like_all_rows_together(make_vae: Any
     samples = vae.sample_prior(noise).detach()
     assert (samples.median(0).values - 1).abs().max() < 0.3
     assert (samples - 1).abs().median() < 0.3
+    density = Normal(1.0, 0.3).log_prob(z[:, 0]).sum(-1)  # which the flow learned
+    assert (vae.log_prior(z)[:, 0] - density).mean().abs() < 1
+    assert (log_prior(z)[:, 0] - density).mean() < -5
 
 
 def test_many_modalities_align_all_singles_and_a_random_choice_of_the_others(

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from concord.model.vae.gaussian import Gaussian, kl, sample, standard_like
-from concord.model.vae.generative import Generative
+from concord.model.vae.gaussian import Gaussian, sample
 from concord.training.evaluation.metrics.gap import best_gaussian
-from concord.training.posteriors import GaussianPosterior, Posterior, log_prior
+from concord.training.posteriors import GaussianPosterior, Posterior
+from concord.training.trainable import TrainableModel
 
 CHUNK = 16
 """Samples decoded per step."""
@@ -21,7 +21,7 @@ START_LOG_VAR = -2.0
 
 
 def best_proposal(
-    model: Generative,
+    model: TrainableModel,
     arrays: Mapping[str, Tensor],
     present: Bool[Tensor, "batch modality"],
     start: Float[Tensor, "batch latent"],
@@ -35,18 +35,16 @@ def best_proposal(
     Args:
         start: the mean from which Adam starts.
     """
-    prior = standard_like(Gaussian(start, start))
 
     def elbo(q: Gaussian, noise: Tensor) -> Tensor:
-        by_modality = model.log_likelihoods(arrays, sample(q, noise))
-        likelihood = torch.where(present.unsqueeze(1), by_modality, torch.zeros_like(by_modality)).sum(-1)
-        return likelihood.mean(1) - kl(q, prior)
+        """Up to a constant of the entropy."""
+        return _log_joint(model, arrays, present, sample(q, noise)).mean(1) + 0.5 * q.log_var.sum(-1)
 
     return GaussianPosterior(best_gaussian(elbo, Gaussian(start, torch.full_like(start, START_LOG_VAR)), generator))
 
 
 def log_likelihood(
-    model: Generative,
+    model: TrainableModel,
     arrays: Mapping[str, Tensor],
     present: Bool[Tensor, "batch modality"],
     proposal: Posterior,
@@ -68,9 +66,18 @@ def log_likelihood(
     terms = []
     for done in range(0, samples, CHUNK):
         z = proposal.sample(min(CHUNK, samples - done), generator)
-        by_modality = model.log_likelihoods(arrays, z)
-        likelihood = torch.where(present.unsqueeze(1), by_modality, torch.zeros_like(by_modality)).sum(-1)
-        terms.append(likelihood + log_prior(z) - proposal.log_density(z))
+        terms.append(_log_joint(model, arrays, present, z) - proposal.log_density(z))
     log_weights = torch.cat(terms, dim=1)
     total = torch.logsumexp(log_weights, dim=1)
     return total - math.log(samples), (2 * total - torch.logsumexp(2 * log_weights, dim=1)).exp()
+
+
+def _log_joint(
+    model: TrainableModel,
+    arrays: Mapping[str, Tensor],
+    present: Bool[Tensor, "batch modality"],
+    z: Float[Tensor, "batch sample latent"],
+) -> Float[Tensor, "batch sample"]:
+    """log p(x_S, z)."""
+    by_modality = model.log_likelihoods(arrays, z)
+    return torch.where(present.unsqueeze(1), by_modality, torch.zeros_like(by_modality)).sum(-1) + model.log_prior(z)
