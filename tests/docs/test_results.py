@@ -1,0 +1,164 @@
+"""What the summaries say of winners and differences, computed again from the results files."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from concord.model import bundle
+from concord.training.evaluation.requests import request_scores
+from concord.training.reports.effects import class_scores
+from concord.training.reports.summary import average, finished_rows
+from concord.training.reports.tables import methods_table, pair_scores
+from tests.support.server import ROOT
+
+RESULTS = ROOT / "training" / "results"
+CLASSES = ("gender", "article", "colour", "season", "usage")
+
+
+def text(file: Path, heading: str) -> str:
+    """The section of a document, each paragraph and item on one line."""
+    (found,) = re.findall(rf"^## {heading}\n(.*?)(?=^## )", file.read_text(), re.MULTILINE | re.DOTALL)
+    return re.sub(r"\s+", " ", found)
+
+
+@pytest.fixture(scope="module")
+def summary() -> str:
+    return text(RESULTS / "README.md", "Summary")
+
+
+def evaluations(folder: str, model: str = "concord") -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted((RESULTS / folder).glob(f"{model}-*.json"))]
+
+
+def mean(runs: list[dict[str, Any]], title: str) -> float:
+    return statistics.fmean(pair_scores(run)[title][0] for run in runs)
+
+
+def deviation(runs: list[dict[str, Any]], title: str) -> float:
+    return statistics.stdev(pair_scores(run)[title][0] for run in runs)
+
+
+def test_recall_in_the_shop_is_that_of_its_files(summary: str) -> None:
+    values = [mean(evaluations("fashion", model), "photo by title, recall@10") for model in ("concord", "contrastive")]
+    assert values[0] > values[1]
+    assert f"photographs by titles with a recall@10 of {values[0]:.2f}, a contrastive model with {values[1]:.2f}" in summary
+    readme = text(ROOT / "README.md", "Results")
+    assert f"(recall@10 {values[0]:.2f} instead of {values[1]:.2f})" in readme
+
+
+def test_recall_on_birds_is_highest_in_the_stated_number_of_rows(summary: str) -> None:
+    runs = {name: dict(enumerate(evaluations("birds-features-contrast", name))) for name in ("concord", "contrastive")}
+    rows = [line.split(" | ") for line in methods_table(runs).splitlines() if "recall@10" in line]
+    best = [row[0].removeprefix("| ") for row in rows if row[3].startswith("**")]
+    assert (len(best), len(rows)) == (7, 9)
+    assert "it has the highest recall in seven of nine rows" in summary
+    pairs = [row for row in rows if "others" not in row[0]]
+    concord_wins = [row for row in pairs if float(row[3].strip("*")[:5]) > float(row[4].strip("*")[:5])]
+    assert (len(concord_wins), len(pairs)) == (5, 6)
+    assert "birds in five of six pairs of modalities" in text(ROOT / "README.md", "Results")
+
+
+def test_recall_on_flickr8k_is_equal_within_the_spread(summary: str) -> None:
+    concord, contrastive = (evaluations("flickr8k", model) for model in ("concord", "contrastive"))
+    for title in ("photo by caption, recall@10", "caption by photo, recall@10"):
+        spread = max(deviation(concord, title), deviation(contrastive, title))
+        assert abs(mean(concord, title) - mean(contrastive, title)) < spread
+    assert "On Flickr8k, whose rows are all complete, the two are equal" in summary
+
+
+def test_linear_models_are_better_where_the_summary_says_so(summary: str) -> None:
+    runs = evaluations("fashion")
+    (linear,) = (run["linear"] for run in runs if "linear" in run)
+    wins = {}
+    for source in ("photo", "title"):
+        titles = [f"{name} from {source}, accuracy" for name in CLASSES]
+        wins[source] = [mean(runs, title) > pair_scores(linear)[title][0] for title in titles]
+    assert all(wins["photo"])
+    assert sum(wins["title"]) == 1
+    assert "predicts all five classes of the shop from photographs better than linear models do, and one from titles" in summary
+    birds = evaluations("birds-features-contrast")
+    (linear,) = (run["linear"] for run in birds if "linear" in run)
+    for source in ("photo", "caption"):
+        title = f"attributes from {source}, mean average precision"
+        assert mean(birds, title) < pair_scores(linear)[title][0]
+    assert "Ridge regression predicts attributes of birds slightly better" in summary
+
+
+def test_partial_rows_improve_every_score_of_birds(summary: str) -> None:
+    every, complete = (
+        pair_scores(json.loads((RESULTS / "birds" / f"{name}.json").read_text())) for name in ("all", "complete")
+    )
+    titles = [title for title in every if "recall@10" in title or "mean average precision" in title]
+    assert len(titles) > 8
+    assert all(every[title][0] > complete[title][0] for title in titles)
+    assert "Training on partial rows improves every score of birds" in summary
+
+
+def test_winners_on_digits_are_those_of_the_results(summary: str) -> None:
+    models = dict(finished_rows(json.loads((RESULTS / "digits.json").read_text())))
+    scores = ("probe", "coherence_one", "coherence_more", "frechet", "log_likelihood")
+    means = {score: {name: average(rows, score)[0] for name, rows in models.items()} for score in scores}
+    best = {score: (min if score == "frechet" else max)(of, key=lambda name: of[name] or 0) for score, of in means.items()}
+    assert best == {
+        "probe": "mmvae",
+        "coherence_one": "concord",
+        "coherence_more": "concord",
+        "frechet": "mvtcae",
+        "log_likelihood": "mvtcae",
+    }
+    assert "Concord shows the right class most often, from one modality and from two" in summary
+    assert "MMVAE has the highest probe, MVTCAE the lowest FD and the highest log p(X)" in summary
+    assert "No model is best in every row" in text(ROOT / "README.md", "Results")
+
+
+def test_effect_of_a_refined_teacher_on_digits_is_that_of_the_results(summary: str) -> None:
+    content = json.loads((RESULTS / "ablations" / "digits-version-4-2000.json").read_text())
+    rows = dict(finished_rows(content))
+    runs = [[class_scores(row) for row in rows[name]] for name in ("digits-gaussian", "digits-unrefined")]
+    assert [len(of) for of in runs] == [3, 3]
+    differences = {
+        title: [one[title] - other[title] for one, other in zip(*runs, strict=True)]
+        for title in ("log p(X), nats ↑", "FD of pictures ↓", "probe ↑", "coherence from one modality ↑")
+    }
+    nats, distance = (statistics.fmean(differences[title]) for title in list(differences)[:2])
+    assert f"adds {nats:.0f} nats of log p(X) and lowers the FD by {-distance:.0f}" in summary
+    for title in list(differences)[2:]:
+        spread = max(statistics.stdev(scores[title] for scores in of) for of in runs)
+        assert abs(statistics.fmean(differences[title])) < spread
+    assert "changes probe and coherence by less than their spread" in summary
+
+
+def test_refinement_at_request_time_changes_what_the_summary_says(summary: str) -> None:
+    metrics = bundle.read(bundle.builtin(bundle.DEFAULT_BUNDLE)).manifest.metrics
+    by_step = metrics["refined"]["coherence"]
+    assert metrics["refinement"]["raised"] > 0.995
+    assert "raises the ELBO of nearly every row of digits" in summary
+    assert f"changes their coherence from {by_step[0]:.3f} to {by_step[4]:.3f}" in summary
+    runs = [request_scores(run) for run in evaluations("fashion")]
+    for title, sign in (("log-likelihood, nats", 1), ("recall@10", -1), ("accuracy of classes", -1), ("R² of numbers", 1)):
+        changes = [run[f"{title}, from 1 modality"][1] - run[f"{title}, from 1 modality"][0] for run in runs]
+        assert sign * statistics.fmean(changes) > 0, title
+    assert (
+        "raises the likelihood of what is absent and R² of the year, and lowers recall and the accuracy of classes" in summary
+    )
+
+
+def test_figures_of_generated_texts_are_those_of_the_files(summary: str) -> None:
+    def average(folder: str, *keys: str) -> float:
+        found: Any = [run["texts"] for run in evaluations(folder)]
+        for key in keys:
+            found = [run[key] for run in found]
+        return statistics.fmean(found)
+
+    for folder, name in (("birds-captions", "birds"), ("flickr8k-captions", "Flickr8k")):
+        captions = (folder, "caption", "photo")
+        ratio = average(*captions, "cider") / average(*captions, "cider_nearest")
+        nats = average(*captions, "nats_shuffled") - average(*captions, "nats")
+        assert f"{ratio:.2f} times for {name}" in summary
+        assert f"{nats:.2f} nats a token for {name}" in summary
+    article = average("fashion-titles", "title", "photo", "of_mean", "classes", "article", "accuracy")
+    assert f"name the kind of article in {article:.0%} of the rows".replace("%", " %") in summary
