@@ -28,7 +28,7 @@ def adam_limit(model: Generative, batch: Batch, start: Gaussian, generator: torc
     return best_gaussian(lambda q, noise: model.objective(batch.arrays, batch.present, q, prior, noise), start, generator)
 
 
-def best_gaussian(objective: Objective, start: Gaussian, generator: torch.Generator) -> Gaussian:
+def best_gaussian(objective: Objective, start: Gaussian, generator: torch.Generator, samples: int = SAMPLES) -> Gaussian:
     """Return the Gaussian of each row after ADAM_STEPS of Adam from ``start``, which maximise ``objective``.
 
     The learning rate falls linearly to zero.
@@ -36,13 +36,14 @@ def best_gaussian(objective: Objective, start: Gaussian, generator: torch.Genera
     Args:
         objective: of each row (batch,), given a Gaussian and standard normal noise (batch, sample, latent). No row may change
             the objective of another one.
+        samples: noise samples per step, an even number.
     """
     leaf = Gaussian(*(part.detach().clone().requires_grad_() for part in start))
     optimizer = torch.optim.Adam(leaf, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=ADAM_STEPS)
     rows, latent = start.mean.shape
     for _ in range(ADAM_STEPS):
-        noise = antithetic(torch.randn(rows, SAMPLES // 2, latent, generator=generator)).to(start.mean.device)
+        noise = antithetic(torch.randn(rows, samples // 2, latent, generator=generator)).to(start.mean.device)
         with torch.enable_grad():
             loss = -objective(leaf, noise).sum()
             gradients = torch.autograd.grad(loss, leaf)

@@ -17,7 +17,7 @@ from concord.training.trainable import TrainableModel
 
 CHUNK = 16
 """Samples decoded per step."""
-START_LOG_VAR = -2.0
+START_LOG_VAR, ADAM_SAMPLES = -2.0, 2
 
 
 def best_proposal(
@@ -40,7 +40,9 @@ def best_proposal(
         """Up to a constant of the entropy."""
         return _log_joint(model, arrays, present, sample(q, noise)).mean(1) + 0.5 * q.log_var.sum(-1)
 
-    return GaussianPosterior(best_gaussian(elbo, Gaussian(start, torch.full_like(start, START_LOG_VAR)), generator))
+    return GaussianPosterior(
+        best_gaussian(elbo, Gaussian(start, torch.full_like(start, START_LOG_VAR)), generator, ADAM_SAMPLES)
+    )
 
 
 def log_likelihood(

@@ -45,7 +45,7 @@ def test_best_proposal_is_the_exact_posterior_of_a_model_trained_with_weights_an
     proposal = best_proposal(model, batch.arrays, batch.present, torch.zeros_like(exact.mean), seeded())
     assert kl(proposal.gaussian, exact.gaussian).max() < 0.1
     estimate, effective = log_likelihood(model, batch.arrays, batch.present, proposal, 64, seeded())
-    torch.testing.assert_close(estimate, model.log_marginal_likelihood(batch.arrays, [0, 1]), rtol=0, atol=0.05)
+    torch.testing.assert_close(estimate, model.log_marginal_likelihood(batch.arrays, [0, 1]), rtol=0, atol=0.1)
     assert effective.min() > 50
 
 
