@@ -73,6 +73,7 @@ HASHES = {
     "fashion-encoded.toml": "e6a8d8eb7dc14e6b2bfd8232ff7a75ba0f373183306d24bfe00f6270fc72cd43",
     "fashion-learned-scale.toml": "bd1f46f58f0d1c0b7a24e05ea9fbe32302dc511efd0c41121e1e1a136028cd5e",
     "fashion-mixture.toml": "8efa0f2fdb0c804fecc0de8b8845b679146e8f321cc61903ab9f33ffdeeb5ce5",
+    "fashion-pictures.toml": "77e540353a189955ed3f79678d9fa0e92250b8e6a9088047bb4353d70b074378",
     "fashion-titles.toml": "a593875c871002d0a0481ff7c77261b4e882c5048f3950c452fa18007d2f97f5",
     "fashion.toml": "8a7519e1d698067e9ac0f88207cf4550f23f62e308eed46f410e9c695dd0bcd1",
     "flickr8k-captions.toml": "25f87f5b48f15cc5bad9481841a366f380ec5cfdb51b836a50319dcc20853e5a",
