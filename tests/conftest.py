@@ -7,6 +7,7 @@ imported. Libraries that need seconds to import are imported inside the fixtures
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import install_import_hook
@@ -16,6 +17,7 @@ install_import_hook(["concord.model", "concord.training"], "beartype.beartype")
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 from concord.model import bundle
 from concord.model.modality import BinaryModality, CategoricalModality, ImageModality, Modality, TextModality, VectorModality
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 MakeVAE = Callable[..., "MultimodalVAE"]
 MakeRows = Callable[..., dict[str, "Tensor"]]
+MadeOnce = Callable[[str, Callable[[Path], Any]], Path]
 SLOW_FIXTURES = {"tiny_bundle", "sentence_bundle", "traced_step"}
 """Fixtures that trace a model, which takes seconds. Tests that use them are marked as slow."""
 
@@ -38,6 +41,24 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Function that returns the path of a name, which one of the workers has made with the given function."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def made_once(name: str, make: Callable[[Path], Any]) -> Path:
+        path = shared / name
+        with FileLock(f"{path}.lock"):
+            if not (made := Path(f"{path}.made")).exists():
+                make(path)
+                made.touch()
+        return path
+
+    return made_once
 
 
 @pytest.fixture(scope="session")
@@ -125,14 +146,17 @@ def tiny_facts() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(
-    tiny_vae: "MultimodalVAE", make_rows: MakeRows, tiny_facts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    tiny_vae: "MultimodalVAE", make_rows: MakeRows, tiny_facts: dict[str, Any], made_once: MadeOnce
 ) -> bundle.Bundle:
     """``tiny_vae`` as a bundle on disk, with two noise samples. Copy it before you change it."""
-    from concord.model.vae.export import export_bundle
 
-    path = tmp_path_factory.mktemp("bundles") / "tiny"
-    examples = make_rows(tiny_vae.modalities, 15)
-    return export_bundle(tiny_vae, path, facts=tiny_facts, samples=2, horizon=3, examples=examples, card="# tiny\n")
+    def export(path: Path) -> None:
+        from concord.model.vae.export import export_bundle
+
+        examples = make_rows(tiny_vae.modalities, 15)
+        export_bundle(tiny_vae, path, facts=tiny_facts, samples=2, horizon=3, examples=examples, card="# tiny\n")
+
+    return bundle.read(made_once("tiny", export))
 
 
 @pytest.fixture(scope="session")
@@ -167,10 +191,14 @@ def sentence_bundle(
     sentence_vae: "MultimodalVAE",
     sentence_rows: dict[str, "Tensor"],
     tiny_facts: dict[str, Any],
-    tmp_path_factory: pytest.TempPathFactory,
+    made_once: MadeOnce,
 ) -> bundle.Bundle:
     """``sentence_vae`` as a bundle on disk, with two noise samples."""
-    from concord.model.vae.export import export_bundle
 
-    path, facts = tmp_path_factory.mktemp("bundles") / "sentences", {**tiny_facts, "name": "sentences"}
-    return export_bundle(sentence_vae, path, facts=facts, samples=2, horizon=3, examples=sentence_rows, card="# sentences\n")
+    def export(path: Path) -> None:
+        from concord.model.vae.export import export_bundle
+
+        facts = {**tiny_facts, "name": "sentences"}
+        export_bundle(sentence_vae, path, facts=facts, samples=2, horizon=3, examples=sentence_rows, card="# sentences\n")
+
+    return bundle.read(made_once("sentences", export))

@@ -162,14 +162,17 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="session")
-def finished(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+def finished(write_config: Callable[..., Path], made_once: Callable[[str, Callable[[Path], Any]], Path]) -> FinishedRun:
     """A run with digit, photo and word, paired by class. Copy the folder before changing it."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = write_config(folder / "tiny.toml", photo=True)
-    runner = CliRunner()
-    options = [str(config), "--out", str(folder / "run")]
-    fit = runner.invoke(app, ["fit", *options])
-    assert fit.exit_code == 0, fit.output
-    export = runner.invoke(app, ["export", *options])
-    assert export.exit_code == 0, export.output
-    return FinishedRun(config, folder / "run", folder / "run" / "bundle", fit.stdout, export.stdout)
+
+    def fit_and_export(folder: Path) -> None:
+        folder.mkdir()
+        config = write_config(folder / "tiny.toml", photo=True)
+        for command in ("fit", "export"):
+            result = CliRunner().invoke(app, [command, str(config), "--out", str(folder / "run")])
+            assert result.exit_code == 0, result.output
+            (folder / f"{command}.txt").write_text(result.stdout)
+
+    folder = made_once("finished", fit_and_export)
+    fit, export = ((folder / f"{command}.txt").read_text() for command in ("fit", "export"))
+    return FinishedRun(folder / "tiny.toml", folder / "run", folder / "run" / "bundle", fit, export)
