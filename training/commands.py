@@ -314,9 +314,7 @@ def report(root: Path, bundle: Path | None, results: Path) -> None:
         write_methods(document, results / name)
     write_effects(document, results / "ablations")
     write_sentences(document, [results / name for name in SENTENCES])
-    charts = write_comparisons(document, results)
-    for section in ("ablations", "held-out"):
-        charts += write_comparisons(document, results / section, section)
+    charts = write_comparisons(document, results) + write_comparisons(document, results / "ablations", "ablations")
     for chart in charts:
         print(chart)
 
@@ -344,6 +342,8 @@ def compare(
     command += f" --rows-per-epoch {rows_per_epoch}" if rows_per_epoch else ""
     command += f" --held-out {held_out}" if held_out else ""
     out = out or Path("runs") / f"compare-{plan.name}"
+    if held_out:  # other training rows: no run and no classifier of all training rows is continued
+        out = out / f"held-out-{held_out}"
     if settings.data.pairing == "row":
         for (name, seed), error in compare_by_row(plan, folder, out, results, Progress()).items():
             print(f"{name}, seed {seed}: {f'failed: {error}' if error else 'done'}")

@@ -220,7 +220,7 @@ class Dataset:
             yield batch.to(self.device)
 
     def for_evaluation(self) -> "Dataset":
-        """Return a data set of the same rows without the random changes and the limit of training."""
+        """Return a data set of the same rows with their own texts, no hidden words, and no limit of rows per epoch."""
         view = copy(self)
         view._rows_per_epoch = None
         view._other_texts = ()

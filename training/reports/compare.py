@@ -305,10 +305,10 @@ def _row(plan: Plan, name: str, seed: int, folder: Path | None, out: Path) -> di
     """Return the row of a run from its folder. Run it if the row is missing or of another configuration."""
     config, path = plan.config_for(name, seed), out / f"{name}-{seed}"
     file = path / ROW
-    expected = {"config_sha256": config.sha256, "test_rows": plan.test_rows, "held_out": plan.held_out}
+    expected = {"config_sha256": config.sha256, "test_rows": plan.test_rows}
     if file.exists():
         row = rename_old_keys(json.loads(file.read_text()))
-        if all(row.get(key) == value for key, value in expected.items()):
+        if all(row[key] == value for key, value in expected.items()):
             return row
     if error := _run_in_subprocess(_run, path, config, plan, folder, out):
         return {"status": "failed", "error": error}
@@ -352,7 +352,6 @@ def _train_and_evaluate(
             "parameters": sum(p.numel() for p in model.parameters()),
             **metrics,
             "test_rows": plan.test_rows,  # replaces the number of all test rows, which the probe uses
-            "held_out": plan.held_out,
             "seconds": cost["seconds"],
             "peak_memory_bytes": cost["peak_memory_bytes"],
         },

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -167,10 +168,11 @@ def test_compare_by_row_fits_linear_baselines_for_a_first_run_that_was_evaluated
     assert checkpoint.read_bytes() == trained
 
 
-def test_compare_with_held_out_rows_reads_no_test_rows_and_has_its_own_results(
-    write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by_class", [False, True])
+def test_compare_with_held_out_rows_reads_no_test_rows_and_has_its_own_folders(
+    write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_class: bool
 ) -> None:
-    measured = {}
+    measured: dict[str, Any] = {}
 
     def evaluate(*arguments: Any, **_: Any) -> dict[str, Any]:
         _, _, train, test, *_ = arguments
@@ -178,19 +180,29 @@ def test_compare_with_held_out_rows_reads_no_test_rows_and_has_its_own_results(
         return {}
 
     monkeypatch.setattr(compare, "evaluate", evaluate)
-    monkeypatch.setattr(compare, "fit", lambda *_: None)
-    monkeypatch.setattr(compare.Run, "cost", lambda _: {})
+
+    def frozen_classifiers(*arguments: Any) -> dict[str, Any]:
+        measured.setdefault("classifiers", []).append(set(arguments[1]._rows))
+        return {}
+
+    monkeypatch.setattr(compare, "frozen_classifiers", frozen_classifiers)
+    monkeypatch.setattr(compare, "evaluate_comparison", lambda *_: {})
+    monkeypatch.setattr(compare, "render_grid", lambda *_: Image.new("L", (1, 1)))
+    monkeypatch.setattr(compare, "fit", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(compare.Run, "cost", lambda _: {"seconds": 1, "peak_memory_bytes": 1})
     monkeypatch.setattr(compare, "_run_in_subprocess", lambda function, *arguments: function(*arguments))
-    config = write_config(tmp_path / "tiny.toml")
+    config = write_config(tmp_path / "tiny.toml", photo=by_class)
     options = ["--models", "concord", "--seeds", "0", "--held-out", "8", "--out", str(tmp_path / "runs")]
     result = CliRunner().invoke(app, ["compare", str(config), *options, "--results", str(tmp_path / "results")])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "results" / "tiny-held-out-8" / "concord-0.json").exists()
+    assert (tmp_path / "results" / f"tiny-held-out-8{'.json' if by_class else '/concord-0.json'}").exists()
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["held-out-8"], "no other run is continued"
     train, test, files = measured["rows"]
     assert len(test) == 8
     assert not train & test
     assert train | test == set(range(len(train) + 8))
     assert not any("test" in file for file in files)
+    assert measured.get("classifiers", []) == ([train, train] if by_class else [])
 
 
 def test_compare_by_row_fits_linear_baselines_in_the_first_run_that_succeeds(

@@ -18,6 +18,7 @@ from concord.training.trainable import TrainableModel
 CHUNK = 16
 """Samples decoded per step."""
 START_LOG_VAR, ADAM_SAMPLES = -2.0, 2
+"""Where Adam starts, for every model, and its noise samples per step."""
 
 
 def best_proposal(
@@ -33,7 +34,11 @@ def best_proposal(
     posterior of a model is trained with likelihood weights and beta, and is therefore a poor proposal for plain nats.
 
     Args:
+        present: S, the modalities of the ELBO.
         start: the mean from which Adam starts.
+
+    Returns:
+        mean and log variance, each (batch, latent). Source of the search by row: Cremer et al. 2018.
     """
 
     def elbo(q: Gaussian, noise: Tensor) -> Tensor:

@@ -11,6 +11,13 @@ from tests.support.linear import Linear
 ROWS = 5
 
 
+def masked(subset: list[int]) -> torch.Tensor:
+    """The mask of rows that have the modalities of a subset."""
+    present = torch.zeros(ROWS, 2).bool()
+    present[:, subset] = True
+    return present
+
+
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
@@ -18,9 +25,7 @@ def seeded() -> torch.Generator:
 @pytest.mark.parametrize("subset", [[0], [1], [0, 1]])
 def test_log_likelihood_with_exact_posterior_is_exact_for_one_sample(subset: list[int]) -> None:
     model = Linear()
-    batch = model.batch(ROWS)
-    present = torch.zeros(ROWS, 2).bool()
-    present[:, subset] = True
+    batch, present = model.batch(ROWS), masked(subset)
     (posterior,) = model.posteriors(batch.arrays, [present])
     for samples in (1, 20):
         estimate, effective = log_likelihood(model, batch.arrays, present, posterior, samples, seeded())
@@ -52,9 +57,7 @@ def test_best_proposal_is_the_exact_posterior_of_a_model_trained_with_weights_an
 @pytest.mark.parametrize("subset", [[0], [1]])
 def test_best_proposal_uses_the_present_modalities_only(subset: list[int]) -> None:
     model = Linear()
-    batch = model.batch(ROWS)
-    present = torch.zeros(ROWS, 2).bool()
-    present[:, subset] = True
+    batch, present = model.batch(ROWS), masked(subset)
     (exact,) = model.posteriors(batch.arrays, [present])
     assert kl(best_proposal(model, batch.arrays, present, exact.mean, seeded()).gaussian, exact.gaussian).max() < 0.1
 
