@@ -55,6 +55,7 @@ from concord.training.reports.tables import (
     summary_table,
     write_comparisons,
     write_methods,
+    write_requests,
     write_rows,
     write_section,
     write_sentences,
@@ -71,7 +72,10 @@ P = ParamSpec("P")
 SENTENCES = ("birds-captions", "flickr8k-captions", "fashion-titles")
 """Folders of results of models that generate sentences."""
 METHODS = ("birds-features-contrast", "birds-encoded", "flickr8k", "fashion", "fashion-encoded")
-"""Folders of results that compare models on retrieval and prediction, each with a section of its name."""
+"""Folders of results that compare models on retrieval and prediction, each with a section of its name.
+
+The first word is the page.
+"""
 GENERATED_ROWS = 2000
 """Test rows of the figures of generation in ``evaluate``."""
 REFINED_ROWS = 2000
@@ -305,16 +309,18 @@ def report(root: Path, bundle: Path | None, results: Path) -> None:
     write_section(root / "training" / "README.md", "configuration", config_reference())
     if (comparison := results / f"{manifest.name}.json").exists():
         write_section(root / "README.md", "results", summary_table(json.loads(comparison.read_text(encoding="utf-8"))))
-    document = results / "README.md"
-    write_section(document, "bundle", results_table(manifest))
-    write_section(document, "bundle-sound", results_table(read(builtin(SOUND_BUNDLE)).manifest))
-    write_rows(document, results / "birds")
-    write_teachers(document, results / "birds-features")
+    digits, birds, refinement = (results / f"{page}.md" for page in ("digits", "birds", "refinement"))
+    write_section(digits, "bundle", results_table(manifest))
+    write_section(digits, "bundle-sound", results_table(read(builtin(SOUND_BUNDLE)).manifest))
+    write_rows(birds, results / "birds")
+    write_teachers(birds, results / "birds-features")
     for name in METHODS:
-        write_methods(document, results / name)
-    write_effects(document, results / "ablations")
-    write_sentences(document, [results / name for name in SENTENCES])
-    charts = write_comparisons(document, results) + write_comparisons(document, results / "ablations", "ablations")
+        write_methods(results / f"{name.partition('-')[0]}.md", results / name)
+    write_sentences(results / "generation.md", [results / name for name in SENTENCES])
+    write_effects(refinement, results / "ablations")
+    variants = sorted(folder for folder in (results / "ablations").iterdir() if folder.is_dir())
+    write_requests(refinement, [*(results / name for name in (*METHODS, *SENTENCES)), *variants])
+    charts = write_comparisons(digits, results) + write_comparisons(digits, results / "ablations", "ablations")
     for chart in charts:
         print(chart)
 

@@ -27,7 +27,7 @@ def test_birds_bundle_metrics_equal_published_results(runtime: Runtime) -> None:
     all_rows, complete_rows = (json.loads((RESULTS / "birds" / f"{name}.json").read_text()) for name in ("all", "complete"))
     metrics = runtime.bundle.manifest.metrics
     assert all(metrics[key] == all_rows[key] for key in ("attributes", "retrieval", "probe"))
-    assert rows_table(all_rows, complete_rows) in (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert rows_table(all_rows, complete_rows) in (RESULTS / "birds.md").read_text(encoding="utf-8")
     from_photo = all_rows["attributes"]["attributes"]["photo"]
     assert from_photo["map"] > max(from_photo["chance"], complete_rows["attributes"]["attributes"]["photo"]["map"])
 

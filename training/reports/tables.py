@@ -399,11 +399,34 @@ def write_sentences(readme: Path, folders: Sequence[Path]) -> None:
         files = sorted(folder.glob("concord-*.json"))
         if files:
             runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-            seeds = ", ".join(file.stem.removeprefix("concord-") for file in files)
-            title = f"[{folder.name}](../configs/{folder.name}.toml), seed{'s' if len(files) > 1 else ''} {seeds}:"
-            blocks += [title, texts_table(runs), *filter(None, [steps_table(runs)])]
+            blocks += [f"[{folder.name}](../configs/{folder.name}.toml), {_seeds(files)}:", texts_table(runs)]
     if blocks:
         write_section(readme, "sentences", "\n\n".join(blocks))
+
+
+def write_requests(readme: Path, folders: Sequence[Path]) -> None:
+    """Write the tables of requests of each folder's concord-<seed>.json into the section ``requests`` of the README.
+
+    The files are evaluations of ``evaluate``. Files of earlier versions, and of models that do not refine, have no figures of
+    requests. Without any the README stays unchanged.
+
+    Raises:
+        ValueError: the README lacks the markers.
+    """
+    blocks = []
+    for folder in folders:
+        runs = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("concord-*.json"))}
+        measured = {file: run for file, run in runs.items() if "requests" in run}
+        if measured:
+            blocks += [f"`{folder.name}`, {_seeds(list(measured))}:", steps_table(list(measured.values()))]
+    if blocks:
+        write_section(readme, "requests", "\n\n".join(blocks))
+
+
+def _seeds(files: Sequence[Path]) -> str:
+    """Return the seeds of files <model>-<seed>.json in words."""
+    seeds = ", ".join(file.stem.rpartition("-")[2] for file in files)
+    return f"seed{'s' if len(files) > 1 else ''} {seeds}"
 
 
 def write_methods(readme: Path, folder: Path) -> None:
@@ -420,8 +443,7 @@ def write_methods(readme: Path, folder: Path) -> None:
             seed = int(file.stem.removeprefix(f"{name}-"))
             evaluations.setdefault(name, {})[seed] = json.loads(file.read_text(encoding="utf-8"))
     if evaluations:
-        tables = [methods_table(evaluations), *(steps_table(list(by_seed.values())) for by_seed in evaluations.values())]
-        write_section(readme, folder.name, "\n\n".join(filter(None, tables)))
+        write_section(readme, folder.name, methods_table(evaluations))
 
 
 def write_teachers(readme: Path, folder: Path) -> None:

@@ -22,6 +22,7 @@ from concord.training.reports.tables import (
     texts_table,
     write_comparisons,
     write_methods,
+    write_requests,
     write_rows,
     write_sentences,
     write_teachers,
@@ -344,17 +345,20 @@ def test_steps_table_without_figures_is_empty_and_changes_no_section() -> None:
     assert steps_table([of_requests(0.5, 2)]) in results_table(measured)
 
 
-def test_write_methods_adds_the_steps_of_the_models_that_have_them(tmp_path: Path) -> None:
-    readme, folder = tmp_path / "README.md", tmp_path / "shop"
-    folder.mkdir()
-    readme.write_text("<!-- shop -->\n<!-- /shop -->\n")
-    scores = {"retrieval": {"title": {"photo": {"rows": 400, "recall@10": 0.5}}}, "training": {"seconds": 120.0}}
-    (folder / "concord-0.json").write_text(json.dumps(scores))
-    write_methods(readme, folder)
-    before = readme.read_text()
-    (folder / "concord-0.json").write_text(json.dumps({**scores, **of_requests(0.5)}))
-    write_methods(readme, folder)
-    assert readme.read_text() == before.replace("\n<!-- /shop", f"\n\n{steps_table([of_requests(0.5)])}\n<!-- /shop")
+def test_write_requests_writes_the_runs_that_have_figures_of_requests(tmp_path: Path) -> None:
+    readme, folders = tmp_path / "README.md", [tmp_path / name for name in ("shop", "birds", "none")]
+    readme.write_text("<!-- requests -->\n<!-- /requests -->\n")
+    write_requests(readme, folders)
+    assert readme.read_text() == "<!-- requests -->\n<!-- /requests -->\n"
+    for folder in folders[:2]:
+        folder.mkdir()
+        (folder / "contrastive-0.json").write_text("{}")
+        (folder / "concord-0.json").write_text(json.dumps({"refinement": {}}))
+    runs = [of_requests(0.4), of_requests(0.6)]
+    for seed, run in enumerate(runs, start=1):
+        (folders[0] / f"concord-{seed}.json").write_text(json.dumps(run))
+    write_requests(readme, folders)
+    assert readme.read_text() == f"<!-- requests -->\n`shop`, seeds 1, 2:\n\n{steps_table(runs)}\n<!-- /requests -->\n"
 
 
 def of_texts(cider: float) -> dict[str, Any]:
