@@ -84,23 +84,19 @@ def test_evaluate_reproduces_the_figures_of_fit(finished: Any, tmp_path: Path) -
     assert figures == before
 
 
-def test_evaluation_refines_a_limited_number_of_test_rows(finished: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_fit_of_a_finished_run_evaluates_a_limited_number_of_test_rows_without_training(
+    finished: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     assert commands.REFINED_ROWS == 2000
     monkeypatch.setattr(commands, "REFINED_ROWS", 10)
     monkeypatch.setattr("concord.training.evaluation.evaluate.BATCH_ROWS", 5)
-    run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
-    result = CliRunner().invoke(app, ["evaluate", str(finished.config), "--out", str(run)])
-    assert result.exit_code == 0, result.output
-    assert json.loads((run / "evaluation.json").read_text())["refinement"]["rows"] == 10
-
-
-def test_fit_of_a_finished_run_evaluates_without_training(finished: Any, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     before = (run / "checkpoint.pt").read_bytes()
     result = CliRunner().invoke(app, ["fit", str(finished.config), "--out", str(run)])
     assert result.exit_code == 0, result.output
     assert (run / "checkpoint.pt").read_bytes() == before
     assert "joint: step" not in result.stderr
+    assert json.loads((run / "evaluation.json").read_text())["refinement"]["rows"] == 10
 
 
 def test_data_option_overrides_environment_and_configuration(
