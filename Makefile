@@ -14,7 +14,7 @@ serve: $(VENV)/.serve-$(ORT)
 	$(BIN)/concord serve --port $(PORT)
 
 test: $(VENV)/.dev-$(ORT) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Lint, types and unit tests in under a minute; make test runs everything.
 check: $(VENV)/.dev-$(ORT) lint

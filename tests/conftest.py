@@ -37,10 +37,12 @@ SLOW_FIXTURES = {"tiny_bundle", "sentence_bundle", "traced_step"}
 """Fixtures that trace a model, which takes seconds. Tests that use them are marked as slow."""
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # else the last worker has a long file when the others are done
 
 
 @pytest.fixture(scope="session")

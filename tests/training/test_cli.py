@@ -72,35 +72,35 @@ def test_fit_writes_figures_and_files_of_the_run(finished: Any) -> None:
     assert len(figures["refined"]["coherence"]) == 1 + 2 * 2  # up to twice the horizon
 
 
-def test_evaluate_reproduces_the_figures_of_fit(finished: Any, tmp_path: Path) -> None:
+def test_evaluate_reproduces_the_figures_and_the_inputs_of_export_of_fit(finished: Any, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     before = json.loads((run / "evaluation.json").read_text())
-    (run / "evaluation.json").unlink()
+    for file in ("evaluation.json", "export.npz"):
+        (run / file).unlink()
     result = CliRunner().invoke(app, ["evaluate", str(finished.config), "--out", str(run)])
     assert result.exit_code == 0, result.output
     figures = json.loads((run / "evaluation.json").read_text())
     for measured in (before, figures):
         assert measured["training"].pop("peak_memory_bytes") > 0  # of the process
     assert figures == before
+    with np.load(run / "export.npz") as arrays, np.load(finished.folder / "export.npz") as expected:
+        assert list(arrays) == list(expected)
+        assert all(np.array_equal(array, expected[name]) for name, array in arrays.items())
 
 
-def test_evaluation_refines_a_limited_number_of_test_rows(finished: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_fit_of_a_finished_run_evaluates_a_limited_number_of_test_rows_without_training(
+    finished: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     assert commands.REFINED_ROWS == 2000
     monkeypatch.setattr(commands, "REFINED_ROWS", 10)
     monkeypatch.setattr("concord.training.evaluation.evaluate.BATCH_ROWS", 5)
-    run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
-    result = CliRunner().invoke(app, ["evaluate", str(finished.config), "--out", str(run)])
-    assert result.exit_code == 0, result.output
-    assert json.loads((run / "evaluation.json").read_text())["refinement"]["rows"] == 10
-
-
-def test_fit_of_a_finished_run_evaluates_without_training(finished: Any, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     before = (run / "checkpoint.pt").read_bytes()
     result = CliRunner().invoke(app, ["fit", str(finished.config), "--out", str(run)])
     assert result.exit_code == 0, result.output
     assert (run / "checkpoint.pt").read_bytes() == before
     assert "joint: step" not in result.stderr
+    assert json.loads((run / "evaluation.json").read_text())["refinement"]["rows"] == 10
 
 
 def test_data_option_overrides_environment_and_configuration(

@@ -193,15 +193,6 @@ def test_export_without_inputs_and_data_names_both_remedies(finished: Any, run_f
     assert not (run_folder / "bundle").exists()
 
 
-def test_evaluate_writes_the_inputs_of_export(finished: Any, run_folder: Path) -> None:
-    (run_folder / "export.npz").unlink()
-    result = CliRunner().invoke(app, ["evaluate", str(finished.config), "--out", str(run_folder)])
-    assert result.exit_code == 0, result.output
-    with np.load(run_folder / "export.npz") as arrays, np.load(finished.folder / "export.npz") as expected:
-        assert list(arrays) == list(expected)
-        assert all(np.array_equal(array, expected[name]) for name, array in arrays.items())
-
-
 @pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b[: len(b) // 2], lambda _: b"", lambda _: b"junk" * 99])
 def test_damaged_export_inputs_are_rejected(finished: Any, run_folder: Path, damage: Any) -> None:
     file = run_folder / "export.npz"

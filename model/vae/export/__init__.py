@@ -19,7 +19,8 @@ from concord.model.encoder import EncoderFiles
 from concord.model.gallery import Gallery
 from concord.model.runtime import Runtime
 from concord.model.vae.export.golden import Arrays, golden_examples, golden_files
-from concord.model.vae.export.graphs import INLINE_BYTES, decode_graph, encode_graph, refine_graph, sample_graph
+from concord.model.vae.export.graphs import decode_graph, encode_graph, refine_graph, sample_graph
+from concord.model.vae.export.onnx_functions import INLINE_BYTES
 from concord.model.vae.multimodal import MultimodalVAE
 
 PARITY_TOLERANCE = 1e-4  # of a graph's output, relative to the largest value of the output

@@ -1,29 +1,20 @@
 """The networks as ONNX graphs with a dynamic batch size."""
 
-import logging
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir
 import torch
-from onnxscript import optimizer
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from concord.model.bundle.manifest import graph_input
-from concord.model.vae.export.traced_gradient import MAX_BATCH, trace
+from concord.model.vae.export.onnx_functions import converted
+from concord.model.vae.export.tracing import trace, trace_forward
 from concord.model.vae.gaussian import Gaussian
 from concord.model.vae.multimodal import MultimodalVAE
 from concord.model.vae.sequence_decoder import SequenceDecoder
-
-OPSET = 18  # ONNX Runtime's GPU providers lack kernels for some operators of newer ones
-INLINE_BYTES = 1024  # tensors up to this size are stored in the graph, larger ones in the weights file
-
-for library in ("onnxscript", "onnx_ir"):  # they log every constant and function that they do not change
-    logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def encode_graph(vae: MultimodalVAE) -> onnx.ModelProto:
@@ -34,13 +25,13 @@ def encode_graph(vae: MultimodalVAE) -> onnx.ModelProto:
     """
     *arrays, present = _tracing_rows(vae)
     inputs = [*(graph_input(m.name) for m in vae.modalities), "present"]
-    return _convert(_program(_Encode(vae), (*arrays, present)), inputs, ["mean", "log_var"])
+    return _convert(trace_forward(_Encode(vae).eval(), (*arrays, present)), inputs, ["mean", "log_var"])
 
 
 def sample_graph(vae: MultimodalVAE) -> onnx.ModelProto:
     """Graph of a posterior sample, for a model with a flow. ``mean``, ``log_var``, ``noise`` -> ``z``, all (batch, latent)."""
     rows = tuple(torch.zeros(3, vae.latent) for _ in range(3))
-    return _convert(_program(_Sample(vae), rows), ["mean", "log_var", "noise"], ["z"])
+    return _convert(trace_forward(_Sample(vae).eval(), rows), ["mean", "log_var", "noise"], ["z"])
 
 
 def decode_graph(vae: MultimodalVAE, modality: str) -> onnx.ModelProto:
@@ -55,8 +46,8 @@ def decode_graph(vae: MultimodalVAE, modality: str) -> onnx.ModelProto:
         token, position = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
         example = (torch.zeros(rows, vae.latent), token, position, torch.zeros(rows, *network.state_shape))
         names = ["z", "token", "position", "state"]
-        return _convert(_program(_Step(network), example), names, ["log_probabilities", "next_state"])
-    return _convert(_program(_Decode(vae, modality), (torch.zeros(3, vae.latent),)), ["z"], ["value"])
+        return _convert(trace_forward(_Step(network).eval(), example), names, ["log_probabilities", "next_state"])
+    return _convert(trace_forward(_Decode(vae, modality).eval(), (torch.zeros(3, vae.latent),)), ["z"], ["value"])
 
 
 def refine_graph(vae: MultimodalVAE, samples: int) -> onnx.ModelProto:
@@ -136,21 +127,8 @@ def _tracing_rows(vae: MultimodalVAE, samples: int = 0) -> list[Tensor]:
     return [*arrays, torch.ones(rows, len(vae.modalities), dtype=torch.bool)]
 
 
-def _program(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
-    shapes = tuple({0: Dim("batch", min=1, max=MAX_BATCH)} for _ in example)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        dynamic: Any = (shapes,) if isinstance(module, _Encode) else shapes
-        return torch.export.export(module.eval(), example, dynamic_shapes=dynamic, strict=False)
-
-
 def _convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter uses deprecated functions
-        converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=OPSET)
-    assert converted is not None
-    model = converted.model
-    optimizer.optimize(model, input_size_limit=INLINE_BYTES, output_size_limit=INLINE_BYTES)
+    model = converted(program)
     # Names from tracing could be equal to names of inputs and outputs. Those of modalities have no dots.
     for number, value in enumerate(value for node in model.graph for value in node.outputs):
         value.name = f"value.{number}"

@@ -155,12 +155,10 @@ print(sum(len(batch) for batch in rows.batches(0, 32, 0)))
 
 
 def peak_memory(folder: Path, rows: int, memory_mb: int) -> int:
-    """Return the peak of anonymous memory in bytes while rows are loaded and one epoch of batches is read.
+    """Return the peak of anonymous memory in bytes while the folder's rows are loaded and one epoch of batches is read.
 
     File-backed pages are not counted: the system can reclaim them.
     """
-    folder.mkdir()
-    write(folder / "rows.parquet", rows)
     environment = {**os.environ, "HF_HOME": str(folder / "hub"), "TMPDIR": str(folder)}
     peak, command = 0, [sys.executable, "-c", EPOCH, str(memory_mb), str(folder)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as run:
@@ -177,9 +175,13 @@ def peak_memory(folder: Path, rows: int, memory_mb: int) -> int:
 def test_memory_stays_flat_at_ten_times_the_limit(tmp_path: Path) -> None:
     memory_mb = 20
     rows_at_limit = memory_mb * 2**20 // BYTES
-    at_limit = peak_memory(tmp_path / "at limit", rows_at_limit, memory_mb)
-    mapped = peak_memory(tmp_path / "mapped", 10 * rows_at_limit, memory_mb)
-    in_memory = peak_memory(tmp_path / "in memory", 10 * rows_at_limit, 1000)
+    few, many = tmp_path / "few", tmp_path / "many"
+    for folder, rows in ((few, rows_at_limit), (many, 10 * rows_at_limit)):
+        folder.mkdir()
+        write(folder / "rows.parquet", rows)
+    at_limit = peak_memory(few, rows_at_limit, memory_mb)
+    mapped = peak_memory(many, 10 * rows_at_limit, memory_mb)
+    in_memory = peak_memory(many, 10 * rows_at_limit, 1000)
     growth = 9 * memory_mb * 2**20  # of the images when they are kept in memory
     assert mapped - at_limit < growth / 2
     assert in_memory - at_limit > growth * 0.9

@@ -22,7 +22,7 @@ from concord.model.runtime.skip_absent import skip_absent
 from concord.model.vae import export
 from concord.model.vae.export import PARITY_TOLERANCE, ExportError, export_bundle
 from concord.model.vae.export.golden import golden_examples, parity
-from concord.model.vae.export.graphs import INLINE_BYTES
+from concord.model.vae.export.onnx_functions import INLINE_BYTES
 from concord.model.vae.gaussian import Gaussian, sample
 from concord.model.vae.multimodal import MultimodalVAE
 

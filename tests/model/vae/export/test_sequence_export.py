@@ -15,7 +15,7 @@ from concord.model.runtime import Posterior, Runtime
 from concord.model.runtime.branch_absent import branch_absent
 from concord.model.vae.export import PARITY_TOLERANCE
 from concord.model.vae.export.graphs import _convert
-from concord.model.vae.export.traced_gradient import trace
+from concord.model.vae.export.tracing import trace
 from concord.model.vae.gaussian import Gaussian
 from concord.model.vae.multimodal import MultimodalVAE
 

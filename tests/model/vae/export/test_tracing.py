@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from concord.model.vae.export.traced_gradient import _convolution_backward, _slice_backward, trace
+from concord.model.vae.export.tracing import _convolution_backward, _slice_backward, trace
 from concord.model.vae.gaussian import Gaussian
 from concord.model.vae.multimodal import MultimodalVAE
 
