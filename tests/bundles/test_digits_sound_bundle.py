@@ -54,7 +54,7 @@ def test_digits_sound_bundle_has_the_spectrogram_of_the_classifier(runtime: Runt
 
 def test_digits_sound_bundle_metrics_equal_published_results(runtime: Runtime) -> None:
     manifest = runtime.bundle.manifest
-    assert results_table(manifest) in (ROOT / "training" / "results" / "README.md").read_text(encoding="utf-8")
+    assert results_table(manifest) in (ROOT / "training" / "results" / "digits.md").read_text(encoding="utf-8")
     assert any("CC BY-SA 4.0 (Free Spoken Digit Dataset)" in source.licence for source in manifest.provenance.data)
 
 
