@@ -47,7 +47,7 @@ from concord.training.progress import Progress
 from concord.training.reports.compare import EVALUATION, GRID, Plan, compare_by_row
 from concord.training.reports.compare import compare as run_comparison
 from concord.training.reports.config_reference import config_reference
-from concord.training.reports.effects import write_effects
+from concord.training.reports.effects import write_effects, write_regimes
 from concord.training.reports.sample_grid import grid_caption, render_grid, select_examples
 from concord.training.reports.summary import row_name
 from concord.training.reports.tables import (
@@ -76,6 +76,8 @@ METHODS = ("birds-features-contrast", "birds-encoded", "flickr8k", "fashion", "f
 
 The first word is the page.
 """
+REGIMES_FILE = "digits-version-4-2000.json"
+"""Results with and without refinement of the teacher in several regimes."""
 GENERATED_ROWS = 2000
 """Test rows of the figures of generation in ``evaluate``."""
 REFINED_ROWS = 2000
@@ -318,6 +320,7 @@ def report(root: Path, bundle: Path | None, results: Path) -> None:
         write_methods(results / f"{name.partition('-')[0]}.md", results / name)
     write_sentences(results / "generation.md", [results / name for name in SENTENCES])
     write_effects(refinement, results / "ablations")
+    write_regimes(refinement, results / "ablations" / REGIMES_FILE)
     variants = sorted(folder for folder in (results / "ablations").iterdir() if folder.is_dir())
     write_requests(refinement, [*(results / name for name in (*METHODS, *SENTENCES)), *variants])
     charts = write_comparisons(digits, results) + write_comparisons(digits, results / "ablations", "ablations")

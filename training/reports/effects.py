@@ -16,6 +16,13 @@ VARIANTS = ("concord", "unrefined", "unaligned", "neither")
 _FAMILIES = ("recall@10", "accuracy", "mean average precision", "R²")
 DIGITS = {"digits-gaussian": "concord", **{f"digits-{name}": name for name in VARIANTS[1:]}}
 """Variants of digits. The first is the configuration that the others extend."""
+REGIMES = {
+    "digits-gaussian": "digits-unrefined",
+    "digits-beta-3": "digits-beta-3-unrefined",
+    "digits-latent-8": "digits-latent-8-unrefined",
+    "digits-narrow": "digits-narrow-unrefined",
+}
+"""Variants of digits, and the same without refinement of the teacher."""
 Scores = Mapping[str, float]
 """By title."""
 
@@ -42,12 +49,36 @@ def effects_table(runs: Mapping[str, Sequence[Scores]]) -> str:
         if not all(title in scores for by_seed in runs.values() for scores in by_seed):
             continue
         values = {name: [scores[title] for scores in by_seed] for name, by_seed in runs.items()}
-        number_format = "{:.1f}" if "nats" in title or "FD" in title else "{:.3f}"
-        cells = [number_format.format(statistics.fmean(values[name])) for name in VARIANTS]
+        cells = [_number(title).format(statistics.fmean(values[name])) for name in VARIANTS]
         for one, other in (("concord", "unrefined"), ("unaligned", "neither"), ("concord", "unaligned")):
             differences = [a - b for a, b in zip(values[one], values[other], strict=True)]
-            cells.append(mean_and_std(differences, number_format.replace(":", ":+")))
+            cells.append(mean_and_std(differences, _difference(title)))
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def regimes_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of what refinement of the teacher changes in each of ``REGIMES``, over equal seeds.
+
+    Args:
+        rows: of a comparison. Regimes without rows that are done are left out.
+    """
+    scores: dict[str, dict[int, Scores]] = {}
+    for row in rows:
+        if row["status"] == "done":
+            scores.setdefault(row_name(row), {})[row["seed"]] = class_scores(row)
+    lines: list[str] = []
+    for refined, unrefined in REGIMES.items():
+        if not (seeds := sorted(scores.get(refined, {}).keys() & scores.get(unrefined, {}).keys())):
+            continue
+        titles = [title for title in scores[refined][seeds[0]] if "best proposal" not in title]  # few rows have it
+        if not lines:
+            lines = [f"| | seeds | {' | '.join(titles)} |", f"| --- | --- |{' --- |' * len(titles)}"]
+        cells = [
+            mean_and_std([scores[refined][seed][title] - scores[unrefined][seed][title] for seed in seeds], _difference(title))
+            for title in titles
+        ]
+        lines.append(f"| `{refined}` | {', '.join(map(str, seeds))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -96,6 +127,25 @@ def class_scores(row: Mapping[str, Any]) -> dict[str, float]:
         "log_likelihood_best": "log p(X), best proposal, nats ↑",
     }
     return {title: value for name, title in titles.items() if (value := scores[name]) is not None}
+
+
+def _number(title: str) -> str:
+    """Return the number format of a score."""
+    return "{:.1f}" if "nats" in title or "FD" in title else "{:.3f}"
+
+
+def _difference(title: str) -> str:
+    """Return the number format of a difference of scores."""
+    return _number(title).replace(":", ":+")
+
+
+def write_regimes(readme: Path, comparison: Path) -> None:
+    """Write the table of ``REGIMES`` of a results file into the section ``regimes`` of the README.
+
+    Raises:
+        ValueError: the README lacks the markers.
+    """
+    write_section(readme, "regimes", regimes_table(json.loads(comparison.read_text())["rows"]))
 
 
 def write_effects(readme: Path, results: Path) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from concord.training.reports import effects
-from concord.training.reports.effects import VARIANTS, effect_scores, effects_table, write_effects
+from concord.training.reports.effects import (
+    VARIANTS,
+    effect_scores,
+    effects_table,
+    regimes_table,
+    write_effects,
+    write_regimes,
+)
 
 RESULTS = Path(__file__).parents[3] / "training" / "results" / "ablations"
 NUMBERS = {"concord": 0.5, "unrefined": 0.4, "unaligned": 0.2, "neither": 0.25}
@@ -83,3 +90,39 @@ def test_digits_are_read_from_the_rows_of_a_comparison(tmp_path: Path) -> None:
     write_effects(readme, RESULTS)
     assert "coherence from one modality ↑" in readme.read_text()
     assert set(effects.DIGITS.values()) == set(VARIANTS)
+
+
+def test_regimes_are_compared_over_the_seeds_that_both_have() -> None:
+    def row(variant: str, seed: int, cosine: float, **changes: Any) -> dict[str, Any]:
+        figures: dict[str, Any] = {
+            "status": "done",
+            "frechet": {"title": {"photo": 8.0}},
+            "coherence": {"cross": {"photo": {"title": 0.5}}, "joint": 0.5},
+            "cosine": {"photo": {"matched": cosine, "shuffled": 0.0}},
+            "gap_closed": None,
+            "log_likelihood": {"joint": -2.0},
+            "seconds": 60.0,
+            **changes,
+        }
+        return {"model": "concord", "variant": variant, "seed": seed, **figures}
+
+    rows = [
+        row("digits-narrow", 0, 0.5),
+        row("digits-narrow", 1, 0.75),
+        row("digits-narrow", 2, 0.9),
+        row("digits-narrow-unrefined", 0, 0.75),
+        row("digits-narrow-unrefined", 1, 0.75),
+        row("digits-narrow-unrefined", 2, 0.1, status="failed"),
+        row("digits-latent-8", 0, 0.5),
+    ]
+    header, _, line = regimes_table(rows).splitlines()
+    cells = dict(zip(header.split("|"), line.split("|"), strict=True))
+    assert line.startswith("| `digits-narrow` | 0, 1 |")
+    assert cells[" cosine ↑ "] == " -0.125 ± 0.177 "
+
+
+def test_regimes_are_written_into_their_section(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- regimes -->\n<!-- /regimes -->\n")
+    write_regimes(readme, RESULTS / "digits-version-4-2000.json")
+    assert "| `digits-gaussian` | 0, 1, 2 | +0.004 ± 0.004 |" in readme.read_text()
