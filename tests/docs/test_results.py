@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 
 from concord.model import bundle
 from concord.training.evaluation.requests import request_scores
-from concord.training.reports.effects import class_scores
-from concord.training.reports.summary import average, finished_rows
+from concord.training.reports.effects import class_scores, effect_scores
+from concord.training.reports.summary import average, finished_rows, row_name
 from concord.training.reports.tables import methods_table, pair_scores
 from tests.support.server import ROOT
 
@@ -120,22 +121,43 @@ def test_winners_on_digits_are_those_of_the_results(summary: str) -> None:
     assert "No model is best in every row" in text(ROOT / "README.md", "Results")
 
 
-def test_effect_of_a_refined_teacher_on_digits_is_that_of_the_results(summary: str) -> None:
-    content = json.loads((RESULTS / "ablations" / "digits-version-4-2000.json").read_text())
-    rows = dict(finished_rows(content))
-    runs = [[class_scores(row) for row in rows[name]] for name in ("digits-gaussian", "digits-unrefined")]
-    assert [len(of) for of in runs] == [3, 3]
-    differences = {
-        title: [one[title] - other[title] for one, other in zip(*runs, strict=True)]
-        for title in ("log p(X), nats ↑", "FD of pictures ↓", "probe ↑", "coherence from one modality ↑", "cosine ↑")
-    }
-    nats, distance = (statistics.fmean(differences[title]) for title in list(differences)[:2])
-    assert f"adds {nats:.0f} nats of log p(X) and lowers the FD by {-distance:.0f}" in summary
-    assert f"and the cosine by {-statistics.fmean(differences['cosine ↑']):.2f}" in summary
-    for title in list(differences)[2:4]:
-        spread = max(statistics.stdev(scores[title] for scores in of) for of in runs)
-        assert abs(statistics.fmean(differences[title])) < spread
-    assert "changes probe and coherence by less than their spread" in summary
+def differences(rows: Mapping[str, Mapping[int, Mapping[str, float]]], one: str, other: str, title: str) -> list[float]:
+    """Of the seeds that both variants have."""
+    seeds = sorted(rows[one].keys() & rows[other].keys())
+    return [rows[one][seed][title] - rows[other][seed][title] for seed in seeds]
+
+
+def test_effects_of_a_teacher_on_digits_are_those_of_the_results(summary: str) -> None:
+    rows: dict[str, dict[int, dict[str, float]]] = {}
+    for row in json.loads((RESULTS / "ablations" / "digits-version-4-2000.json").read_text())["rows"]:
+        rows.setdefault(row_name(row), {})[row["seed"]] = class_scores(row)
+
+    def effect(title: str, one: str = "digits-gaussian", other: str = "digits-unrefined") -> float:
+        values = differences(rows, one, other, title)
+        assert len(values) == 3
+        assert len({value > 0 for value in values}) == 1, "the sign is that of every seed"
+        return statistics.fmean(values)
+
+    coherence = [effect(f"coherence from {which} ↑") for which in ("one modality", "more")]
+    assert f"A refined teacher adds {effect('log p(X), nats ↑'):.0f} nats of log p(X)" in summary
+    assert f"{coherence[0]:.3f} of coherence from one modality and {coherence[1]:.3f} from two" in summary
+    assert f"lowers the FD by {-effect('FD of pictures ↓'):.0f}, and the cosine by {-effect('cosine ↑'):.2f}" in summary
+    teacher = ("digits-gaussian", "digits-unaligned")
+    assert f"adds {effect('probe ↑', *teacher):.2f} of the probe" in summary
+    assert f"and lowers the FD by {-effect('FD of pictures ↓', *teacher):.0f}" in summary
+    assert f"adds {effect('log p(X), nats ↑'):.0f} nats of log p(X) to digits" in text(ROOT / "README.md", "Results")
+
+
+def test_effects_of_a_teacher_on_birds_are_those_of_the_results(summary: str) -> None:
+    folder, rows = "ablations/birds-features-contrast", {}
+    for name, model in (("refined", "concord"), ("unrefined", "birds-features-contrast-unrefined")):
+        rows[name] = {seed: effect_scores(run) for seed, run in enumerate(evaluations(folder, model))}
+        assert len(rows[name]) == 2
+    titles = ("recall@10 ↑", "mean average precision ↑", "R² ↑", "probe ↑")
+    largest = max(abs(statistics.fmean(differences(rows, "refined", "unrefined", title))) for title in titles)
+    assert largest < 0.0025
+    assert "On features of birds (two seeds), refinement of the teacher changes recall, predictions and probe by 0.002 at most" in summary
+    assert "and nothing to features of birds" in text(ROOT / "README.md", "Results")
 
 
 def test_refinement_at_request_time_changes_what_the_summary_says(summary: str) -> None:
@@ -151,6 +173,10 @@ def test_refinement_at_request_time_changes_what_the_summary_says(summary: str) 
     assert (
         "raises the likelihood of what is absent and R² of the year, and lowers recall and the accuracy of classes" in summary
     )
+    birds = [request_scores(run) for run in evaluations("ablations/birds-features-contrast")]
+    for title in ("log-likelihood, nats", "R² of numbers"):
+        assert all(run[f"{title}, from 1 modality"][1] > run[f"{title}, from 1 modality"][0] for run in birds), title
+    assert "On features of birds (two seeds) it raises likelihood and R²" in summary
     captions = evaluations("flickr8k-captions")
     for title in ("log-likelihood, nats", "R² of numbers"):
         changes = [request_scores(run)[f"{title}, from 1 modality"] for run in captions]
