@@ -11,7 +11,7 @@ import pytest
 
 from concord.model import bundle
 from concord.training.evaluation.requests import request_scores
-from concord.training.reports.effects import class_scores, effect_scores
+from concord.training.reports.effects import REGIMES, class_scores, effect_scores
 from concord.training.reports.summary import average, finished_rows, row_name
 from concord.training.reports.tables import methods_table, pair_scores
 from tests.support.server import ROOT
@@ -142,6 +142,12 @@ def test_effects_of_a_teacher_on_digits_are_those_of_the_results(summary: str) -
     assert f"A refined teacher adds {effect('log p(X), nats ↑'):.0f} nats of log p(X)" in summary
     assert f"{coherence[0]:.3f} of coherence from one modality and {coherence[1]:.3f} from two" in summary
     assert f"lowers the FD by {-effect('FD of pictures ↓'):.0f}, and the cosine by {-effect('cosine ↑'):.2f}" in summary
+    gains = {
+        refined: statistics.fmean(differences(rows, refined, unrefined, "coherence from one modality ↑"))
+        for refined, unrefined in REGIMES.items()
+    }
+    assert max(gains, key=lambda name: gains[name]) == "digits-narrow"
+    assert "With networks a quarter as wide (one seed) it adds most coherence" in summary
     teacher = ("digits-gaussian", "digits-unaligned")
     assert f"adds {effect('probe ↑', *teacher):.2f} of the probe" in summary
     assert f"and lowers the FD by {-effect('FD of pictures ↓', *teacher):.0f}" in summary

@@ -142,10 +142,13 @@ def _difference(title: str) -> str:
 def write_regimes(readme: Path, comparison: Path) -> None:
     """Write the table of ``REGIMES`` of a results file into the section ``regimes`` of the README.
 
+    Without the file the README stays unchanged.
+
     Raises:
         ValueError: the README lacks the markers.
     """
-    write_section(readme, "regimes", regimes_table(json.loads(comparison.read_text())["rows"]))
+    if comparison.exists():
+        write_section(readme, "regimes", regimes_table(json.loads(comparison.read_text())["rows"]))
 
 
 def write_effects(readme: Path, results: Path) -> None:

@@ -29,12 +29,18 @@ for module in ("onnxscript", "onnx_ir", "torch.onnx._internal.exporter._core", "
 
 @functools.cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """How to compute the operators that ONNX lacks by operators that it has."""
+    """Return how PyTorch computes each operator that ONNX lacks from operators that it has."""
     return dict(_decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(_functions()))))
 
 
 def converted(program: ExportedProgram) -> onnx_ir.Model:
-    """The graph of a program whose operators ONNX has. Only its constants of up to ``INLINE_BYTES`` are computed in advance."""
+    """Return the optimised ONNX graph of a program whose operators ONNX has, see ``tracing``.
+
+    Constants of up to ``INLINE_BYTES`` are computed in advance.
+
+    Raises:
+        torch.onnx.OnnxExporterError: ONNX has no function for an operator.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter uses deprecated functions
         _fx_passes.insert_type_promotion_nodes(program.graph_module)

@@ -124,5 +124,7 @@ def test_regimes_are_compared_over_the_seeds_that_both_have() -> None:
 def test_regimes_are_written_into_their_section(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- regimes -->\n<!-- /regimes -->\n")
+    write_regimes(readme, RESULTS / "none.json")
+    assert readme.read_text() == "<!-- regimes -->\n<!-- /regimes -->\n"
     write_regimes(readme, RESULTS / "digits-version-4-2000.json")
     assert "| `digits-gaussian` | 0, 1, 2 | +0.004 ± 0.004 |" in readme.read_text()
