@@ -73,7 +73,7 @@ def _coherence_table(metrics: Mapping[str, Any]) -> list[str]:
     one, more = (mean_coherence(metrics, multimodal=multimodal) for multimodal in (False, True))
     by_step, steps = metrics["refined"]["coherence"], metrics["refinement"]["steps"]
     accuracy = ", ".join(f"{share:.3f} of the real {name}s" for name, share in metrics["classifier_accuracy"].items())
-    means = f"Mean from one modality {one:.3f}, from two {more:.3f}. The frozen classifiers label {accuracy} correctly."
+    means = f"Mean from one modality {one:.3f}, from more {more:.3f}. The frozen classifiers label {accuracy} correctly."
     refined = f"{steps} steps of refinement at request time change the mean from one modality from {by_step[0]:.3f} to "
     refined += f"{by_step[steps]:.3f}. (Step 0 differs from the {one:.3f} above because it is measured with other samples.)"
     return [*lines, "", means, "", refined]
@@ -271,7 +271,7 @@ def _scores_by_title(evaluation: Mapping[str, Any]) -> dict[str, float]:
 def methods_table(evaluations: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
     """Return a Markdown table of several models on the same test rows, with the linear baselines as the last column.
 
-    Cells are means over seeds and standard deviations. The best mean of a row is bold.
+    Cells are means over seeds and standard deviations. The best mean of a row is bold if there are several.
 
     Args:
         evaluations: by model and seed. An evaluation with the linear baselines has them under ``linear``.
@@ -291,7 +291,7 @@ def methods_table(evaluations: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
                 means[name] = statistics.fmean(values)
                 cells[name] = mean_and_std(values, "{:.3f}")
         best = max(means.values())
-        is_best = {name: len(scores) > 1 and mean == best for name, mean in means.items()}
+        is_best = {name: len(means) > 1 and mean == best for name, mean in means.items()}
         row = [f"**{cells[name]}**" if is_best.get(name) else cells.get(name, "") for name in scores]
         lines.append(f"| {title} | {rows} | {chance} | {' | '.join(row)} |")
     seeds = "; ".join(f"{display_name(name)}: {', '.join(map(str, sorted(by_seed)))}" for name, by_seed in evaluations.items())
