@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -119,9 +120,7 @@ def running(
     """
     require_free(port)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("CONCORD_")}
-    log_path = ROOT / ".venv-bench" / "server.log"
-    log_path.parent.mkdir(exist_ok=True)
-    with log_path.open("w+b") as log:
+    with tempfile.TemporaryFile() as log:  # a named one would be shared by tests that run at the same time
         process = subprocess.Popen(
             ["taskset", "--cpu-list", ",".join(map(str, cores)), *map(str, command)],
             cwd=ROOT,
