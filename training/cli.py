@@ -246,7 +246,11 @@ def compare(
     ] = 2000,
     held_out: Annotated[
         int | None,
-        typer.Option(help="So many training rows replace the test rows, to choose settings. They are not trained on.", min=2),
+        typer.Option(
+            help="So many training rows replace the test rows, to choose settings. They are not trained on. Gap and log p(X) "
+            "are not measured.",
+            min=2,
+        ),
     ] = None,
     folder: Folder = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/compare-<name>.")] = None,

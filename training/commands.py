@@ -48,6 +48,7 @@ from concord.training.reports.compare import EVALUATION, GRID, Plan, compare_by_
 from concord.training.reports.compare import compare as run_comparison
 from concord.training.reports.config_reference import config_reference
 from concord.training.reports.effects import write_effects, write_regimes
+from concord.training.reports.held_out import write_choices
 from concord.training.reports.sample_grid import grid_caption, render_grid, select_examples
 from concord.training.reports.summary import row_name
 from concord.training.reports.tables import (
@@ -319,6 +320,7 @@ def report(root: Path, bundle: Path | None, results: Path) -> None:
     for name in METHODS:
         write_methods(results / f"{name.partition('-')[0]}.md", results / name)
     write_sentences(results / "generation.md", [results / name for name in SENTENCES])
+    write_choices(digits, results / "held-out")
     write_effects(refinement, results / "ablations")
     write_regimes(refinement, results / "ablations" / REGIMES_FILE)
     variants = sorted(folder for folder in (results / "ablations").iterdir() if folder.is_dir())

@@ -31,7 +31,14 @@ Classifiers = Mapping[str, FrozenClassifier]
 
 
 def evaluate_comparison(
-    config: Config, model: TrainableModel, test: Dataset, classifiers: Classifiers, rows: int, progress: Progress
+    config: Config,
+    model: TrainableModel,
+    test: Dataset,
+    classifiers: Classifiers,
+    rows: int,
+    progress: Progress,
+    *,
+    bounds: bool = True,
 ) -> dict[str, Any]:
     """Return the metrics of a comparison by name, as JSON values, except those of ``evaluate.evaluate``.
 
@@ -60,6 +67,9 @@ def evaluate_comparison(
     ``log_likelihood``: of complete rows, log p(X) in plain nats. ``joint`` has samples of the posterior of all modalities,
     ``best`` of ``best_proposal``, which is a much tighter bound. ``effective`` and ``best_effective`` are the effective sample
     sizes out of ``samples``.
+
+    Args:
+        bounds: whether to measure ``gap``, ``gap_closed`` and ``log_likelihood``, which take most of the time.
     """
     torch.set_num_threads(config.thread_count)
     model = model.eval().requires_grad_(False)
@@ -71,10 +81,11 @@ def evaluate_comparison(
         if model.refines:
             metrics["refined"] = _refined_coherence(config, model, batches, classifiers)
         metrics["cosine"] = _cosine(config, model, batches)
-        metrics["gap"] = _gap(config, model, batches[0].take(slice(GAP_ROWS)), progress)
-        closed = metrics["gap"] and metrics["gap"]["closed_by_step"]
-        metrics["gap_closed"] = closed[config.horizon] if closed and model.refines else None
-        metrics["log_likelihood"] = _log_likelihood(model, batches[0].take(slice(LIKELIHOOD_ROWS)), progress)
+        if bounds:
+            metrics["gap"] = _gap(config, model, batches[0].take(slice(GAP_ROWS)), progress)
+            closed = metrics["gap"] and metrics["gap"]["closed_by_step"]
+            metrics["gap_closed"] = closed[config.horizon] if closed and model.refines else None
+            metrics["log_likelihood"] = _log_likelihood(model, batches[0].take(slice(LIKELIHOOD_ROWS)), progress)
     return {**metrics, "evaluation_seconds": round(time.perf_counter() - start_time, 1)}
 
 

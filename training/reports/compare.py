@@ -72,7 +72,10 @@ class Plan(NamedTuple):
     variants: Sequence[Config] = ()
     """Configurations that differ in how the model is trained. Each is a row under its name, next to the models."""
     held_out: int | None = None
-    """Number of training rows that replace the test rows, to choose settings. They are not trained on."""
+    """Number of training rows that replace the test rows, to choose settings. They are not trained on.
+
+    The rows of results then lack the amortization gap and log p(X), which take most of the time of an evaluation.
+    """
 
     def config_for(self, name: str, seed: int) -> Config:
         """Return the configuration of one run of a model or a variant."""
@@ -154,6 +157,8 @@ def compare(plan: Plan, folder: Path | None, out: Path, results: Path, command: 
             "reduced": plan.rows_per_epoch is not None,
         },
         "test_rows": plan.test_rows,
+        "held_out": plan.held_out,
+        "beta": plan.config.objective.beta,
         "frechet_features": frechet.FEATURES,
     }
     rows = _earlier_rows(plan, file, header)
@@ -337,7 +342,8 @@ def _train_and_evaluate(
     with EvaluationDevice(device):
         classifiers = frozen_classifiers(plan.config, full_train, out, progress)
         metrics = evaluate(config, model, train, test, progress, refined_rows=plan.test_rows, classifiers=classifiers)
-        metrics |= evaluate_comparison(config, model, test, classifiers, plan.test_rows, progress)
+        bounds = plan.held_out is None
+        metrics |= evaluate_comparison(config, model, test, classifiers, plan.test_rows, progress, bounds=bounds)
         render_grid(model, *select_examples(test)).save(path / GRID, optimize=True)
     cost = run.cost()
     run.write(

@@ -54,9 +54,10 @@ def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
     ``probe``: mean over single modalities. ``coherence_one``, ``coherence_more``: mean over targets and over sources of one or
     of multiple modalities, sampled at temperature 1. ``coherence_joint``: of samples of the prior. ``frechet``: mean over
     images and single sources. ``cosine``: mean over modalities of matched minus shuffled. ``log_likelihood``: log p(X) in nats,
-    with samples of the model's posterior, ``log_likelihood_best`` with those of the best Gaussian of each row.
+    with samples of the model's posterior, ``log_likelihood_best`` with those of the best Gaussian of each row. Rows of held-out
+    rows lack both, and ``gap_closed``.
     """
-    distances = row["frechet"]
+    distances, bounds = row["frechet"], row.get("log_likelihood", {})
     return {
         "probe": _mean([v for name, v in row.get("probe", {}).items() if "+" not in name and name != "joint"]),
         "coherence_one": mean_coherence(row, multimodal=False),
@@ -64,9 +65,9 @@ def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
         "coherence_joint": row["coherence"]["joint"],
         "frechet": _mean([v for s, by_image in distances.items() if "+" not in s and s != "prior" for v in by_image.values()]),
         "cosine": _mean([v["matched"] - v["shuffled"] for v in row["cosine"].values()]),
-        "gap_closed": row["gap_closed"],
-        "log_likelihood": row["log_likelihood"]["joint"],
-        "log_likelihood_best": row["log_likelihood"].get("best"),
+        "gap_closed": row.get("gap_closed"),
+        "log_likelihood": bounds.get("joint"),
+        "log_likelihood_best": bounds.get("best"),
         "minutes": row["seconds"] / 60,
     }
 

@@ -40,6 +40,8 @@ def test_evaluate_comparison_gives_none_for_undefined_metrics(
     assert metrics["coherence"]["cross"].keys() == {"digit", "photo", "digit+photo"}  # only the word has a classifier
     assert "refined" not in metrics
     assert metrics["log_likelihood"]["best"] > metrics["log_likelihood"]["joint"]
+    fewer = evaluate_comparison(settings, fit.build(settings, test.modalities), test, word, 30, Progress(), bounds=False)
+    assert metrics.keys() - fewer.keys() == {"gap", "gap_closed", "log_likelihood"}
 
 
 def test_named_subsets_are_ordered_by_size() -> None:

@@ -186,7 +186,7 @@ def test_compare_with_held_out_rows_reads_no_test_rows_and_has_its_own_folders(
         return {}
 
     monkeypatch.setattr(compare, "frozen_classifiers", frozen_classifiers)
-    monkeypatch.setattr(compare, "evaluate_comparison", lambda *_: {})
+    monkeypatch.setattr(compare, "evaluate_comparison", lambda *_, bounds: measured.update(bounds=bounds) or {})
     monkeypatch.setattr(compare, "render_grid", lambda *_: Image.new("L", (1, 1)))
     monkeypatch.setattr(compare, "fit", lambda *_: torch.nn.Identity())
     monkeypatch.setattr(compare.Run, "cost", lambda _: {"seconds": 1, "peak_memory_bytes": 1})
@@ -203,6 +203,7 @@ def test_compare_with_held_out_rows_reads_no_test_rows_and_has_its_own_folders(
     assert train | test == set(range(len(train) + 8))
     assert not any("test" in file for file in files)
     assert measured.get("classifiers", []) == ([train, train] if by_class else [])
+    assert measured.get("bounds", False) is False, "settings are not chosen by what takes most of the time"
 
 
 def test_compare_by_row_fits_linear_baselines_in_the_first_run_that_succeeds(

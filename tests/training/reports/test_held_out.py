@@ -1,0 +1,57 @@
+"""The choice of beta on held-out rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from concord.training.reports.held_out import choices_table, choose_beta, write_choices
+
+
+def content(beta: float, **models: tuple[float, float, float]) -> dict[str, Any]:
+    """Return a results file with one seed: probe, coherence from one modality and Fréchet distance of each model."""
+    rows = [
+        {
+            "model": model,
+            "seed": 0,
+            "status": "done",
+            "probe": {"a": probe, "b": probe, "a+b": 1.0},
+            "coherence": {"cross": {"a": {"b": coherence}, "a+b": {"c": 1.0}}, "joint": 0.1},
+            "frechet": {"a": {"b": distance}},
+            "cosine": {"a": {"matched": 1.0, "shuffled": 0.0}},
+            "seconds": 60,
+        }
+        for model, (probe, coherence, distance) in models.items()
+    ]
+    return {"beta": beta, "rows": rows}
+
+
+GRID = [
+    content(10.0, concord=(0.9, 0.8, 30.0), mvae=(0.7, 0.2, 60.0)),
+    content(1.0, concord=(0.8, 0.95, 20.0), mvae=(0.6, 0.28, 70.0), jnf=(0.9, 0.9, 10.0)),
+]
+
+
+def test_beta_has_the_highest_mean_of_probe_and_coherence() -> None:
+    assert choose_beta(GRID) == {"concord": 1.0, "mvae": 10.0}, "JNF has only one beta"
+
+
+def test_table_has_every_beta_and_the_chosen_one_in_bold() -> None:
+    assert choices_table(GRID).splitlines() == [
+        "| model | β | seeds | probe ↑ | coherence from one ↑ | FD ↓ |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| Concord | **1** | 0 | 0.800 | 0.950 | 20.0 |",
+        "| Concord | 10 | 0 | 0.900 | 0.800 | 30.0 |",
+        "| MVAE | 1 | 0 | 0.600 | 0.280 | 70.0 |",
+        "| MVAE | **10** | 0 | 0.700 | 0.200 | 60.0 |",
+    ]
+
+
+def test_table_is_written_from_the_files_of_a_folder(tmp_path: Path) -> None:
+    readme = tmp_path / "digits.md"
+    readme.write_text("before <!-- held-out --> old <!-- /held-out --> after\n")
+    write_choices(readme, tmp_path / "none")
+    assert " old " in readme.read_text()
+    for number, part in enumerate(GRID):
+        (tmp_path / f"{number}.json").write_text(json.dumps(part))
+    write_choices(readme, tmp_path)
+    assert choices_table(GRID) in readme.read_text()
