@@ -205,7 +205,7 @@ class Network(_Table):
     """Channels of the first convolution of an image network. Deeper ones have a multiple."""
     blocks: NonNegativeInt = 0
     """Residual blocks at each resolution of image encoders and decoders, two convolutions each. More: a lower error
-    of pictures and longer training."""
+    of pictures if there are many rows, and longer training."""
     hidden: PositiveInt = 512
     """Units of the hidden layers of fully connected networks."""
     encoders: Literal["deep", "shallow"] = "deep"

@@ -34,6 +34,7 @@ HASHES = {
     "ablations/flickr8k-unrefined.toml": "3c2e8a11bffddfdd783248523a2214bc78e028177b853ede50343acae76a3f68",
     "ablations/forward.toml": "c61b9161894a65723c3e64c3fe157406cf925f516005b3576e63bbba56707ab3",
     "ablations/four-steps.toml": "3bbe8f7fd56c190fcc06ff32203d86cb68b8d2f616d5947883f7e5fe3571286c",
+    "ablations/full-spread.toml": "1d8be491f24214494c0ee928b9652fe45c4735655c67e987c28242635b56fc93",
     "ablations/gaussian.toml": "0017807b6bde6d2bb191ac16daf79a1aa6d0b9a7cce2a1d40c740591618c12e6",
     "ablations/half-width.toml": "e7f24b978f1dd92d952bd74732ed6ce57101edeae210d0ddbfefee6682a90a4f",
     "ablations/high-beta.toml": "2e36ea97db4fb543ae389f7ec9caf5955caf4b285904df509ac131a10fd3d649",
@@ -131,8 +132,9 @@ def test_sha256_of_published_results_is_unchanged(results: str, config: str, row
     assert content["config_sha256"] == settings.sha256
     assert content["rows"]
     for row in content["rows"]:
-        changes = {"model": row["model"], "seed": row["seed"]}
-        assert row["config_sha256"] == settings.model_copy(update=changes).sha256
+        variant = row.get("variant", "").removeprefix("digits-")
+        own = config_file.read(CONFIGS / "ablations" / f"{variant}.toml") if variant else settings
+        assert row["config_sha256"] == own.model_copy(update={"model": row["model"], "seed": row["seed"]}).sha256
 
 
 def test_digits_configuration_has_its_modalities_and_sources() -> None:

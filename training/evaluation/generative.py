@@ -1,4 +1,4 @@
-"""Metrics of generation and inference, computed for every model by the same code, on the same rows, with the same noise."""
+"""Metrics of generation and inference, by the same code for every model, on the same rows, with noise of the same seed."""
 
 import time
 from collections.abc import Mapping
@@ -44,14 +44,14 @@ def evaluate_comparison(
 
     ``rows``: number of test rows used, the same rows for all models.
 
-    ``coherence``: ``cross`` {source: {target: accuracy}} of samples of the posterior at temperature 1, ``cross_means`` of its
-    mean, ``joint`` of samples of the prior (``TrainableModel.sample_prior``).
+    ``coherence``: ``cross`` {source: {target: accuracy}} of one sample of the posterior, ``cross_means`` of its mean, ``joint``
+    of samples of the prior (``TrainableModel.sample_prior``). A model with a flow scales its noise by ``flow.spread``.
 
     ``frechet``: {source: {image: distance}} between generated images and the same number of real images. One of the sources is
     ``prior``.
 
-    ``classifier_accuracy``: accuracy of the image classifiers on the real images of these rows, an upper bound for what
-    coherence can show.
+    ``classifier_accuracy``: accuracy of the image classifiers on the real images of these rows. Coherence can be higher:
+    generated images may be more typical of their class.
 
     ``refined``: only if the model refines. Mean of ``cross`` over single sources, by step of refinement with that modality, and
     the milliseconds per row and step.
@@ -65,7 +65,7 @@ def evaluate_comparison(
     ``gap_closed``: share of the gap closed by the number of steps in training. None if the model does not refine.
 
     ``log_likelihood``: of complete rows, log p(X) in plain nats. ``joint`` has samples of the posterior of all modalities,
-    ``best`` of ``best_proposal``, which is a much tighter bound. ``effective`` and ``best_effective`` are the effective sample
+    ``best`` of ``best_proposal``, often a tighter bound. ``effective`` and ``best_effective`` are the effective sample
     sizes out of ``samples``.
 
     Args:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from concord.training.reports.summary import LOWER_IS_BETTER, average, display_name, finished_rows
 
-AXES = {"probe": "linear probe,\none modality", "coherence_one": "coherence from\none modality", "frechet": "Fréchet distance"}
+AXES = {"probe": "linear probe,\none modality", "means_one": "coherence of means,\none modality", "frechet": "Fréchet distance"}
 
 
 def write_charts(content: Mapping[str, Any], folder: Path) -> list[Path]:

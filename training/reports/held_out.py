@@ -9,9 +9,11 @@ from typing import Any
 from concord.training.reports.summary import average, display_name, finished_rows
 from concord.training.reports.tables import COLUMNS, mean_and_std, write_section
 
-CRITERION = ("probe", "coherence_one")
-"""Accuracies of single modalities. The beta with the highest mean of both is chosen."""
-SHOWN = (*CRITERION, "frechet")
+CRITERION = ("probe", "means_one")
+"""Accuracies of single modalities, without noise. The beta with the highest mean of both is chosen."""
+SHOWN = (*CRITERION, "coherence_one", "frechet")
+SHARED = ("budget", "test_rows", "held_out")
+"""Fields that must be equal in all files."""
 
 Content = Mapping[str, Any]
 """Of a results file of ``compare`` with held-out rows."""
@@ -22,8 +24,16 @@ def choose_beta(contents: Sequence[Content]) -> dict[str, float]:
 
     Args:
         contents: one for each beta.
+
+    Raises:
+        ValueError: two files have the same beta, or they differ in what ``SHARED`` names.
     """
     by_beta = {content["beta"]: dict(finished_rows(content)) for content in contents}
+    if len(by_beta) < len(contents):
+        raise ValueError(f"expected one file for each beta, received the betas {[content['beta'] for content in contents]}")
+    for field in SHARED:
+        if len({json.dumps(content[field], sort_keys=True) for content in contents}) > 1:
+            raise ValueError(f"files with other {field} cannot be compared: {[content[field] for content in contents]}")
     shared = [name for name in next(iter(by_beta.values())) if all(name in rows for rows in by_beta.values())]
     return {name: max(by_beta, key=lambda beta: _criterion(by_beta[beta][name])) for name in shared}
 

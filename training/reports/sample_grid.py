@@ -63,7 +63,7 @@ def render_grid(model: TrainableModel, batch: Batch, galleries: Mapping[str, Gal
     """Return an image with one block per subset of modalities, except the full one. With many subsets, it shows some of them.
 
     A block has one column per row of the batch and one line per image or text modality. Given values have a frame. The others
-    are decoded from one sample of the posterior at temperature 1. The subset is named on the left.
+    are decoded from one sample of the posterior. The subset is named on the left.
 
     Args:
         galleries: pictures by modality with a frozen encoder, whose values are features. The grid shows the picture with the

@@ -16,6 +16,8 @@ DISPLAY_NAMES = {
 }
 
 LOWER_IS_BETTER = {"frechet", "minutes"}
+NOT_RANKED = {"log_likelihood", "log_likelihood_best", "minutes"}
+"""Scores whose best value is not marked: the looseness of a bound can differ between models, and the machine had other jobs."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -52,7 +54,8 @@ def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the scores of one model and seed.
 
     ``probe``: mean over single modalities. ``coherence_one``, ``coherence_more``: mean over targets and over sources of one or
-    of multiple modalities, sampled at temperature 1. ``coherence_joint``: of samples of the prior. ``frechet``: mean over
+    of multiple modalities, of one sample of the posterior. ``means_one``, ``means_more``: the same of the mean of the
+    posterior, which needs no noise. ``coherence_joint``: of samples of the prior. ``frechet``: mean over
     images and single sources. ``cosine``: mean over modalities of matched minus shuffled. ``log_likelihood``: log p(X) in nats,
     with samples of the model's posterior, ``log_likelihood_best`` with those of the best Gaussian of each row. Rows of held-out
     rows lack both, and ``gap_closed``.
@@ -62,6 +65,8 @@ def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
         "probe": _mean([v for name, v in row.get("probe", {}).items() if "+" not in name and name != "joint"]),
         "coherence_one": mean_coherence(row, multimodal=False),
         "coherence_more": mean_coherence(row, multimodal=True),
+        "means_one": mean_coherence(row, multimodal=False, kind="cross_means"),
+        "means_more": mean_coherence(row, multimodal=True, kind="cross_means"),
         "coherence_joint": row["coherence"]["joint"],
         "frechet": _mean([v for s, by_image in distances.items() if "+" not in s and s != "prior" for v in by_image.values()]),
         "cosine": _mean([v["matched"] - v["shuffled"] for v in row["cosine"].values()]),
@@ -72,9 +77,13 @@ def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def mean_coherence(row: Mapping[str, Any], *, multimodal: bool) -> float | None:
-    """Return the mean coherence of one sample over targets and over sources of multiple modalities, or of one."""
-    cross = row["coherence"]["cross"]
+def mean_coherence(row: Mapping[str, Any], *, multimodal: bool, kind: str = "cross") -> float | None:
+    """Return the mean coherence over targets and over sources of multiple modalities, or of one.
+
+    Args:
+        kind: ``cross``, of one sample of the posterior, or ``cross_means``, of its mean.
+    """
+    cross = row["coherence"].get(kind, {})
     return _mean([v for source, by_target in cross.items() if ("+" in source) == multimodal for v in by_target.values()])
 
 

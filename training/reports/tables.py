@@ -14,6 +14,7 @@ from concord.training.evaluation.requests import recommendation, request_scores
 from concord.training.reports.summary import (
     DISPLAY_NAMES,
     LOWER_IS_BETTER,
+    NOT_RANKED,
     average,
     display_name,
     finished_rows,
@@ -24,8 +25,10 @@ from concord.training.reports.summary import (
 
 COLUMNS = {
     "probe": ("probe ↑", "{:.3f}"),
-    "coherence_one": ("coherence from one ↑", "{:.3f}"),
+    "coherence_one": ("coherence of samples, from one ↑", "{:.3f}"),
     "coherence_more": ("from more ↑", "{:.3f}"),
+    "means_one": ("coherence of means, from one ↑", "{:.3f}"),
+    "means_more": ("from more ↑", "{:.3f}"),
     "coherence_joint": ("from the prior ↑", "{:.3f}"),
     "frechet": ("FD ↓", "{:.1f}"),
     "cosine": ("cosine ↑", "{:.3f}"),
@@ -121,11 +124,13 @@ def steps_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *(["", " ".join(sentences)] if sentences else [])])
 
 
-SUMMARY = ("probe", "coherence_one", "coherence_more", "frechet", "log_likelihood")
+SUMMARY = ("probe", "means_one", "means_more", "coherence_one", "coherence_more", "frechet", "log_likelihood")
 SUMMARY_TITLES = {
     "probe": "accuracy of a linear probe on the embedding of one modality ↑",
-    "coherence_one": "coherence of samples from one modality ↑",
-    "coherence_more": "coherence of samples from two modalities ↑",
+    "means_one": "coherence of values decoded from the mean, from one modality ↑",
+    "means_more": "the same from two modalities ↑",
+    "coherence_one": "coherence of values decoded from a sample, from one modality ↑",
+    "coherence_more": "the same from two modalities ↑",
     "frechet": "Fréchet distance (FD) of generated images ↓",
     "log_likelihood": "lower bound of log p(X), nats ↑",
 }
@@ -141,7 +146,8 @@ def summary_table(content: Mapping[str, Any]) -> str:
         best = (min if score in LOWER_IS_BETTER else max)(measured)
         number_format = COLUMNS[score][1]
         cells = ["" if mean is None else number_format.format(mean) for mean in means]
-        bold = [f"**{cell}**" if mean == best else cell for cell, mean in zip(cells, means, strict=True)]
+        ranked = score not in NOT_RANKED
+        bold = [f"**{cell}**" if ranked and mean == best else cell for cell, mean in zip(cells, means, strict=True)]
         lines.append(f"| {SUMMARY_TITLES[score]} | {' | '.join(bold)} |")
     return "\n".join(lines)
 
@@ -149,8 +155,8 @@ def summary_table(content: Mapping[str, Any]) -> str:
 def comparison_table(content: Mapping[str, Any]) -> str:
     """Return a Markdown table of a results file of ``compare``.
 
-    Cells are means over seeds and standard deviations. The best mean of a column is bold. A cell is empty if a seed lacks the
-    score. A column without any score is left out.
+    Cells are means over seeds and standard deviations. The best mean of a column is bold, except in the columns of
+    ``NOT_RANKED``. A cell is empty if a seed lacks the score. A column without any score is left out.
     """
     budget, rows = content["budget"], content["rows"]
     size = f"{budget['rows_per_epoch']:,}" if budget["rows_per_epoch"] else "all"
@@ -179,7 +185,8 @@ def comparison_table(content: Mapping[str, Any]) -> str:
             cell = "" if mean is None else number_format.format(mean) + deviation
             means = [value for other in averages.values() if (value := other[score][0]) is not None]
             best = min if score in LOWER_IS_BETTER else max
-            cells.append(f"**{cell}**" if len(means) > 1 and mean == best(means) else cell)
+            ranked = len(means) > 1 and score not in NOT_RANKED
+            cells.append(f"**{cell}**" if ranked and mean == best(means) else cell)
         lines.append(f"| {display_name(model)} | {' | '.join(cells)} |")
     if unfinished := [
         f"{display_name(row_name(row))} with seed {row['seed']} ({row['status']})" for row in rows if row["status"] != "done"

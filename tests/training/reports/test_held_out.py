@@ -4,25 +4,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from concord.training.reports.held_out import choices_table, choose_beta, write_choices
 
 
 def content(beta: float, **models: tuple[float, float, float]) -> dict[str, Any]:
-    """Return a results file with one seed: probe, coherence from one modality and Fréchet distance of each model."""
+    """Return a results file with one seed: probe, coherence of means and Fréchet distance of each model."""
     rows = [
         {
             "model": model,
             "seed": 0,
             "status": "done",
             "probe": {"a": probe, "b": probe, "a+b": 1.0},
-            "coherence": {"cross": {"a": {"b": coherence}, "a+b": {"c": 1.0}}, "joint": 0.1},
+            "coherence": {
+                "cross": {"a": {"b": 0.5}, "a+b": {"c": 1.0}},
+                "cross_means": {"a": {"b": coherence}, "a+b": {"c": 1.0}},
+                "joint": 0.1,
+            },
             "frechet": {"a": {"b": distance}},
             "cosine": {"a": {"matched": 1.0, "shuffled": 0.0}},
             "seconds": 60,
         }
         for model, (probe, coherence, distance) in models.items()
     ]
-    return {"beta": beta, "rows": rows}
+    return {"beta": beta, "budget": {"epochs": 1}, "test_rows": 8, "held_out": 8, "rows": rows}
 
 
 GRID = [
@@ -35,14 +41,21 @@ def test_beta_has_the_highest_mean_of_probe_and_coherence() -> None:
     assert choose_beta(GRID) == {"concord": 1.0, "mvae": 10.0}, "JNF has only one beta"
 
 
+def test_files_that_cannot_be_compared_are_rejected() -> None:
+    with pytest.raises(ValueError, match=r"one file for each beta, received the betas \[10.0, 10.0\]"):
+        choose_beta([GRID[0], GRID[0]])
+    with pytest.raises(ValueError, match="files with other test_rows"):
+        choose_beta([GRID[0], {**GRID[1], "test_rows": 9}])
+
+
 def test_table_has_every_beta_and_the_chosen_one_in_bold() -> None:
     assert choices_table(GRID).splitlines() == [
-        "| model | β | seeds | probe ↑ | coherence from one ↑ | FD ↓ |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| Concord | **1** | 0 | 0.800 | 0.950 | 20.0 |",
-        "| Concord | 10 | 0 | 0.900 | 0.800 | 30.0 |",
-        "| MVAE | 1 | 0 | 0.600 | 0.280 | 70.0 |",
-        "| MVAE | **10** | 0 | 0.700 | 0.200 | 60.0 |",
+        "| model | β | seeds | probe ↑ | coherence of means, from one ↑ | coherence of samples, from one ↑ | FD ↓ |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| Concord | **1** | 0 | 0.800 | 0.950 | 0.500 | 20.0 |",
+        "| Concord | 10 | 0 | 0.900 | 0.800 | 0.500 | 30.0 |",
+        "| MVAE | 1 | 0 | 0.600 | 0.280 | 0.500 | 70.0 |",
+        "| MVAE | **10** | 0 | 0.700 | 0.200 | 0.500 | 60.0 |",
     ]
 
 
