@@ -401,7 +401,7 @@ class Config(_Table):
     version: str = Field(default="1", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")
     """Version of the bundle: letters, digits, ., - and _."""
     model: Model = DEFAULT_MODEL
-    """Concord, or a baseline with the same networks, likelihoods, beta, epochs and seed."""
+    """Concord, or a baseline with the same networks for each modality, likelihoods, beta, epochs and seed."""
     seed: NonNegativeInt = 0
     """Seed of all random numbers of training."""
     threads: PositiveInt | None = None

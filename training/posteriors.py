@@ -20,7 +20,7 @@ class Posterior(Protocol):
         """E_q[z], the embedding."""
 
     def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "batch sample latent"]:
-        """Return independent samples, at temperature 1."""
+        """Return independent samples. A flow scales their noise by its spread."""
 
     def log_density(self, z: Float[Tensor, "batch sample latent"]) -> Float[Tensor, "batch sample"]:
         """Return log q(z | x_S) in nats.

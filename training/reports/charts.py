@@ -23,7 +23,7 @@ def write_charts(content: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     charts = {"scores": scores_figure(content)}
     for _, rows in finished_rows(content):
-        if all(row.get("refined") and row["gap"] for row in rows):
+        if all(row.get("refined") and row.get("gap") for row in rows):
             charts["refinement"] = _refinement_figure(rows[0])
             break
     files = []

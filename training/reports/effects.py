@@ -119,8 +119,10 @@ def class_scores(row: Mapping[str, Any]) -> dict[str, float]:
     scores = row_scores(row)
     titles = {
         "probe": "probe ↑",
-        "coherence_one": "coherence from one modality ↑",
-        "coherence_more": "coherence from more ↑",
+        "means_one": "coherence of means, from one modality ↑",
+        "means_more": "coherence of means, from more ↑",
+        "coherence_one": "coherence of samples, from one modality ↑",
+        "coherence_more": "coherence of samples, from more ↑",
         "frechet": "FD of pictures ↓",
         "cosine": "cosine ↑",
         "log_likelihood": "log p(X), nats ↑",

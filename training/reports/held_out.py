@@ -12,7 +12,7 @@ from concord.training.reports.tables import COLUMNS, mean_and_std, write_section
 CRITERION = ("probe", "means_one")
 """Accuracies of single modalities, without noise. The beta with the highest mean of both is chosen."""
 SHOWN = (*CRITERION, "coherence_one", "frechet")
-SHARED = ("budget", "test_rows", "held_out")
+SHARED = ("budget", "test_rows", "held_out", "data", "classifier_accuracy")
 """Fields that must be equal in all files."""
 
 Content = Mapping[str, Any]
@@ -26,16 +26,24 @@ def choose_beta(contents: Sequence[Content]) -> dict[str, float]:
         contents: one for each beta.
 
     Raises:
-        ValueError: two files have the same beta, or they differ in what ``SHARED`` names.
+        ValueError: two files have the same beta, they differ in what ``SHARED`` names, or a model has other seeds in one of
+            them.
     """
-    by_beta = {content["beta"]: dict(finished_rows(content)) for content in contents}
+    by_beta = {content["beta"]: dict(finished_rows(content)) for content in _by_beta(contents)}
     if len(by_beta) < len(contents):
         raise ValueError(f"expected one file for each beta, received the betas {[content['beta'] for content in contents]}")
     for field in SHARED:
         if len({json.dumps(content[field], sort_keys=True) for content in contents}) > 1:
             raise ValueError(f"files with other {field} cannot be compared: {[content[field] for content in contents]}")
     shared = [name for name in next(iter(by_beta.values())) if all(name in rows for rows in by_beta.values())]
+    for name in shared:
+        if len({tuple(sorted(row["seed"] for row in rows[name])) for rows in by_beta.values()}) > 1:
+            raise ValueError(f"{name}: every beta needs the same seeds")
     return {name: max(by_beta, key=lambda beta: _criterion(by_beta[beta][name])) for name in shared}
+
+
+def _by_beta(contents: Sequence[Content]) -> list[Content]:
+    return sorted(contents, key=lambda content: float(content["beta"]))
 
 
 def _criterion(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -50,13 +58,13 @@ def choices_table(contents: Sequence[Content]) -> str:
     Args:
         contents: one for each beta.
     """
-    chosen, contents = choose_beta(contents), sorted(contents, key=lambda content: float(content["beta"]))
+    chosen = choose_beta(contents)
     lines = [
         f"| model | β | seeds | {' | '.join(COLUMNS[score][0] for score in SHOWN)} |",
         f"| --- | --- | --- |{' --- |' * len(SHOWN)}",
     ]
     for model, beta in chosen.items():
-        for content in contents:
+        for content in _by_beta(contents):
             rows = dict(finished_rows(content))[model]
             cells = [mean_and_std(_scores(rows, score), COLUMNS[score][1]) for score in SHOWN]
             number = f"{content['beta']:g}"
@@ -64,6 +72,9 @@ def choices_table(contents: Sequence[Content]) -> str:
                 f"| {display_name(model)} | {f'**{number}**' if content['beta'] == beta else number} | "
                 f"{', '.join(str(row['seed']) for row in rows)} | {' | '.join(cells)} |"
             )
+    incomplete = {name for content in contents for name, _ in finished_rows(content)} - chosen.keys()
+    if incomplete:
+        lines += ["", f"Not in the table, since a beta is missing: {', '.join(map(display_name, sorted(incomplete)))}."]
     return "\n".join(lines)
 
 

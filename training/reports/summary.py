@@ -6,6 +6,7 @@ from typing import Any
 
 DISPLAY_NAMES = {
     "concord": "Concord",
+    "digits-full-spread": "Concord, all of the noise",
     "jmvae": "JMVAE-kl",
     "mvae": "MVAE",
     "mmvae": "MMVAE",
@@ -16,8 +17,9 @@ DISPLAY_NAMES = {
 }
 
 LOWER_IS_BETTER = {"frechet", "minutes"}
-NOT_RANKED = {"log_likelihood", "log_likelihood_best", "minutes"}
-"""Scores whose best value is not marked: the looseness of a bound can differ between models, and the machine had other jobs."""
+NOT_RANKED = {"coherence_one", "coherence_more", "coherence_joint", "log_likelihood", "log_likelihood_best", "minutes"}
+"""Scores whose best value is not marked: the noise of samples and the looseness of a bound can differ between models, and the
+machine had other jobs."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -33,7 +35,7 @@ def display_name(name: str) -> str:
 
 
 def finished_rows(content: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Return the rows with status done by name: models in the order of ``DISPLAY_NAMES``, then variants in file order."""
+    """Return the rows with status done by name: those of ``DISPLAY_NAMES`` in its order, then the others in file order."""
     names = dict.fromkeys([*DISPLAY_NAMES, *map(row_name, content["rows"])])
     by_name = [(n, [row for row in content["rows"] if row_name(row) == n and row["status"] == "done"]) for n in names]
     return [(name, rows) for name, rows in by_name if rows]

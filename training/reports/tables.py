@@ -25,11 +25,11 @@ from concord.training.reports.summary import (
 
 COLUMNS = {
     "probe": ("probe ↑", "{:.3f}"),
-    "coherence_one": ("coherence of samples, from one ↑", "{:.3f}"),
-    "coherence_more": ("from more ↑", "{:.3f}"),
     "means_one": ("coherence of means, from one ↑", "{:.3f}"),
-    "means_more": ("from more ↑", "{:.3f}"),
-    "coherence_joint": ("from the prior ↑", "{:.3f}"),
+    "means_more": ("of means, from more ↑", "{:.3f}"),
+    "coherence_one": ("coherence of samples, from one ↑", "{:.3f}"),
+    "coherence_more": ("of samples, from more ↑", "{:.3f}"),
+    "coherence_joint": ("of samples of the prior ↑", "{:.3f}"),
     "frechet": ("FD ↓", "{:.1f}"),
     "cosine": ("cosine ↑", "{:.3f}"),
     "gap_closed": ("gap closed ↑", "{:.0%}"),
@@ -143,6 +143,8 @@ def summary_table(content: Mapping[str, Any]) -> str:
     for score in SUMMARY:
         means = [average(rows, score)[0] for _, rows in models]
         measured = [mean for mean in means if mean is not None]
+        if not measured:
+            continue
         best = (min if score in LOWER_IS_BETTER else max)(measured)
         number_format = COLUMNS[score][1]
         cells = ["" if mean is None else number_format.format(mean) for mean in means]
@@ -185,7 +187,7 @@ def comparison_table(content: Mapping[str, Any]) -> str:
             cell = "" if mean is None else number_format.format(mean) + deviation
             means = [value for other in averages.values() if (value := other[score][0]) is not None]
             best = min if score in LOWER_IS_BETTER else max
-            ranked = len(means) > 1 and score not in NOT_RANKED
+            ranked = len(set(means)) > 1 and score not in NOT_RANKED
             cells.append(f"**{cell}**" if ranked and mean == best(means) else cell)
         lines.append(f"| {display_name(model)} | {' | '.join(cells)} |")
     if unfinished := [
@@ -483,7 +485,7 @@ def write_rows(readme: Path, folder: Path) -> None:
 def write_comparisons(readme: Path, results: Path, section: str = "comparison") -> list[Path]:
     """Write the tables of all results files into a section of the README, and their charts next to the results files.
 
-    Without results files nothing is written.
+    Files of held-out rows are left out: they are for choices, not for reports. Without results files nothing is written.
 
     Returns:
         the files of the charts.
@@ -492,6 +494,7 @@ def write_comparisons(readme: Path, results: Path, section: str = "comparison") 
         ValueError: the README lacks the markers of the section.
     """
     contents = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"), key=lambda file: file.stem)]
+    contents = [content for content in contents if content.get("held_out") is None]
     if not contents:
         return []
     from concord.training.reports.charts import write_charts  # noqa: PLC0415 - only the extra dev installs matplotlib

@@ -203,7 +203,10 @@ def test_compare_with_held_out_rows_reads_no_test_rows_and_has_its_own_folders(
     assert train | test == set(range(len(train) + 8))
     assert not any("test" in file for file in files)
     assert measured.get("classifiers", []) == ([train, train] if by_class else [])
-    assert measured.get("bounds", False) is False, "settings are not chosen by what takes most of the time"
+    assert measured.get("bounds") == (False if by_class else None), "settings are not chosen by what takes most of the time"
+    if by_class:
+        written = json.loads((tmp_path / "results" / "tiny-held-out-8.json").read_text())
+        assert (written["held_out"], written["beta"]) == (8, config_file.read(config).objective.beta)
 
 
 def test_compare_by_row_fits_linear_baselines_in_the_first_run_that_succeeds(

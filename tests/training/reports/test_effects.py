@@ -88,7 +88,7 @@ def test_digits_are_read_from_the_rows_of_a_comparison(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- effects -->\n<!-- /effects -->\n")
     write_effects(readme, RESULTS)
-    assert "coherence from one modality ↑" in readme.read_text()
+    assert "coherence of samples, from one modality ↑" in readme.read_text()
     assert set(effects.DIGITS.values()) == set(VARIANTS)
 
 

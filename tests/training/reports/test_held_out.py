@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from concord.training.reports.held_out import choices_table, choose_beta, write_choices
+from concord.training.reports.held_out import SHARED, choices_table, choose_beta, write_choices
 
 
 def content(beta: float, **models: tuple[float, float, float]) -> dict[str, Any]:
@@ -28,7 +28,14 @@ def content(beta: float, **models: tuple[float, float, float]) -> dict[str, Any]
         }
         for model, (probe, coherence, distance) in models.items()
     ]
-    return {"beta": beta, "budget": {"epochs": 1}, "test_rows": 8, "held_out": 8, "rows": rows}
+    shared = {
+        "budget": {"epochs": 1},
+        "test_rows": 8,
+        "held_out": 8,
+        "data": [{"file": "a"}],
+        "classifier_accuracy": {"a": 0.9},
+    }
+    return {"beta": beta, **shared, "rows": rows}
 
 
 GRID = [
@@ -44,8 +51,16 @@ def test_beta_has_the_highest_mean_of_probe_and_coherence() -> None:
 def test_files_that_cannot_be_compared_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"one file for each beta, received the betas \[10.0, 10.0\]"):
         choose_beta([GRID[0], GRID[0]])
-    with pytest.raises(ValueError, match="files with other test_rows"):
-        choose_beta([GRID[0], {**GRID[1], "test_rows": 9}])
+    for field in SHARED:
+        with pytest.raises(ValueError, match=f"files with other {field}"):
+            choose_beta([GRID[0], {**GRID[1], field: "another"}])
+    other_seed = [{**row, "seed": 1} for row in GRID[1]["rows"]]
+    with pytest.raises(ValueError, match="concord: every beta needs the same seeds"):
+        choose_beta([GRID[0], {**GRID[1], "rows": other_seed}])
+
+
+def test_lower_beta_is_chosen_if_two_are_equal() -> None:
+    assert choose_beta([content(10.0, mvae=(0.5, 0.5, 1.0)), content(9.0, mvae=(0.5, 0.5, 1.0))]) == {"mvae": 9.0}
 
 
 def test_table_has_every_beta_and_the_chosen_one_in_bold() -> None:
@@ -56,6 +71,8 @@ def test_table_has_every_beta_and_the_chosen_one_in_bold() -> None:
         "| Concord | 10 | 0 | 0.900 | 0.800 | 0.500 | 30.0 |",
         "| MVAE | 1 | 0 | 0.600 | 0.280 | 0.500 | 70.0 |",
         "| MVAE | **10** | 0 | 0.700 | 0.200 | 0.500 | 60.0 |",
+        "",
+        "Not in the table, since a beta is missing: JNF.",
     ]
 
 
