@@ -174,6 +174,8 @@ def test_effects_of_a_teacher_on_digits_are_those_of_the_results(summary: str) -
 
     assert f"A refined teacher raises the bound of log p(X) by {effect('log p(X), nats ↑'):.0f} nats" in summary
     assert f"lowers the FD by {-effect('FD of pictures ↓'):.0f}, and the cosine by {-effect('cosine ↑'):.2f}" in summary
+    of_means = [effect(f"coherence of means, from {which} ↑") for which in ("one modality", "more")]
+    assert f"coherence of means by {of_means[0]:.3f} from one modality and {of_means[1]:.3f} from two" in summary
     for title in ("coherence of samples, from one modality ↑", "coherence of samples, from more ↑"):
         spread = max(
             statistics.stdev(rows[name][seed][title] for seed in (0, 1, 2)) for name in ("digits-gaussian", "digits-unrefined")
@@ -184,13 +186,17 @@ def test_effects_of_a_teacher_on_digits_are_those_of_the_results(summary: str) -
         rows[narrow[0]][seed]["log p(X), best proposal, nats ↑"] - rows[narrow[1]][seed]["log p(X), best proposal, nats ↑"]
         for seed in (1, 2)
     ]
-    gains = f"{effect('probe ↑', *narrow):.3f} of the probe and {effect('log p(X), nats ↑', *narrow):.0f} nats"
+    of_means = [effect("coherence of means, from one modality ↑", *narrow)]
+    gains = f"{effect('probe ↑', *narrow):.3f} of the probe, {of_means[0]:.3f} of coherence of means from one modality, "
+    gains += f"and {effect('log p(X), nats ↑', *narrow):.0f} nats"
     best_gain = f"({statistics.fmean(best):.0f} nats with the best proposal, two seeds)"
     assert f"With networks a quarter as wide it adds {gains} {best_gain}" in summary
     teacher = ("digits-gaussian", "digits-unaligned")
     assert f"a model with a teacher has {effect('probe ↑', *teacher):.2f} more of the probe" in summary
     assert f"and an FD lower by {-effect('FD of pictures ↓', *teacher):.0f}" in summary
-    assert f"raises this bound by {effect('log p(X), nats ↑'):.0f} nats on digits" in text(ROOT / "README.md", "Results")
+    readme = text(ROOT / "README.md", "Results")
+    assert f"raises this bound by {effect('log p(X), nats ↑'):.0f} nats and coherence of means by 0.01 on digits" in readme
+    assert 0.0075 < effect("coherence of means, from one modality ↑") < 0.015
 
 
 def test_effects_of_a_teacher_on_birds_are_those_of_the_results(summary: str) -> None:
