@@ -50,7 +50,8 @@ def evaluate_texts(model: TrainableModel, train: Dataset, test: Dataset) -> dict
     Their difference is the information of z about a token. ``nats`` from the text itself is that of its reconstruction.
 
     ``cider``: mean CIDEr-D of texts that are generated from these rows, where all texts of a row are its references. Omitted
-    if the source is the text itself, or if texts have less than two words. ``cider_nearest``: of the texts of the training
+    if the source is the text itself, or if texts have less than two words. ``cider_shuffled``: of the texts that are generated
+    from another row: what a text scores that says nothing of its source. ``cider_nearest``: of the texts of the training
     row whose value of the source is most similar, the mean over them. Similarity is the cosine of ``linear.features``. Omitted
     for texts and classes as source, and if few of the values are distinct.
 
@@ -159,7 +160,9 @@ class _TextMetrics:
         }
         if cider:
             places = np.searchsorted(needed, rows.observed)
-            metrics["cider"] = float(cider([texts.words(self.modality, tokens[place]) for place in places]).mean())
+            words = [texts.words(self.modality, tokens[place]) for place in places]
+            metrics["cider"] = float(cider(words).mean())
+            metrics["cider_shuffled"] = float(cider([*words[1:], *words[:1]]).mean())
         if classes := self._classes(rows, z[:count], tokens[:count]):
             metrics["classes"] = classes
         return metrics

@@ -384,6 +384,8 @@ def _text_values(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield "CIDEr-D with the mean of z ↑", values["of_mean"]["cider"]
         if "sampled" in values:
             yield f"CIDEr-D, {at_temperature} ↑", values["sampled"]["cider"]
+    if "cider_shuffled" in values:
+        yield "CIDEr-D given z of another row", values["cider_shuffled"]
     if values.get("cider_nearest"):
         yield "CIDEr-D of the nearest training row", values["cider_nearest"]
         yield "CIDEr-D by that of the nearest training row ↑", values["cider"] / values["cider_nearest"]

@@ -139,6 +139,7 @@ def test_evaluate_texts_compares_captions_with_references_nearest_rows_and_class
     assert of_photo["cider_nearest"] > 5
     assert of_photo["cider"] > 0.9 * of_photo["cider_nearest"]
     assert of_photo["of_mean"]["cider"] >= of_photo["cider"] - 0.2
+    assert of_photo["cider_shuffled"] < 0.5 * of_photo["cider"], "the photo determines the text"
     assert of_class["cider"] < 0.8 * of_photo["cider"], "the class does not determine the colour"
     assert found["others"]["cider"] > 0.9 * of_photo["cider_nearest"]
     assert "cider" not in own, "the text is one of its references"

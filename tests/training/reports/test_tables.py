@@ -376,7 +376,8 @@ def of_texts(cider: float) -> dict[str, Any]:
     classes = {"kind": {"rows": 500, "accuracy": 0.75, "agreement": 0.8, "own_texts": 0.95}}
     mean = {**generated, "cider": 2 * cider, "classes": classes}
     sampled = {**generated, "temperature": 0.3, "distinct": 0.75, "known_pairs": 0.875, "cider": cider / 2, "classes": classes}
-    photo = {**generated, "cider": cider, "of_mean": mean, "sampled": sampled, "classes": classes, "cider_nearest": 0.5}
+    scores = {"cider": cider, "cider_shuffled": 0.25, "cider_nearest": 0.5}
+    photo = {**generated, **scores, "of_mean": mean, "sampled": sampled, "classes": classes}
     itself = {**generated, "known_pairs": None, "of_mean": generated, "predicted_rows": 400, "nats": 2.5, "nats_shuffled": 3.0}
     return {"texts": {"caption": {"photo": photo, "caption": itself}}}
 
@@ -392,6 +393,7 @@ def test_texts_table_has_a_column_for_each_source_and_the_ratio_to_the_nearest_t
     assert rows["distinct texts, tokens sampled at temperature 0.3 ↑"] == ["0.750 ± 0.000", ""]
     assert rows["pairs of tokens that training texts have, tokens sampled at temperature 0.3 ↑"] == ["0.875 ± 0.000", ""]
     assert rows["CIDEr-D, tokens sampled at temperature 0.3 ↑"] == ["0.200 ± 0.071", ""]
+    assert rows["CIDEr-D given z of another row"] == ["0.250 ± 0.000", ""]
     assert rows["CIDEr-D by that of the nearest training row ↑"] == ["0.800 ± 0.283", ""]
     assert rows["kind: text of the row's class ↑"] == ["0.750 ± 0.000", ""]
     assert rows["kind: text of the class generated with it ↑"] == ["0.800 ± 0.000", ""]
