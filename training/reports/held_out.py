@@ -1,4 +1,4 @@
-"""The choice of beta for each model, on training rows that were held out."""
+"""The choice of beta for each model and of settings of Concord, on training rows that were held out."""
 
 import json
 import statistics
@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from concord.training.reports.summary import average, display_name, finished_rows
+from concord.training.config import DEFAULT_MODEL
+from concord.training.reports.summary import average, display_name, finished_rows, row_scores
 from concord.training.reports.tables import COLUMNS, mean_and_std, write_section
 
 CRITERION = ("probe", "means_one")
 """Accuracies of single modalities, without noise. The beta with the highest mean of both is chosen."""
 SHOWN = (*CRITERION, "coherence_one", "frechet")
+SHOWN_OF_VARIANTS = ("probe", "means_one", "coherence_one", "coherence_more", "coherence_joint", "frechet", "cosine")
 SHARED = ("budget", "test_rows", "held_out", "data", "classifier_accuracy")
 """Fields that must be equal in all files."""
 
@@ -29,7 +31,7 @@ def choose_beta(contents: Sequence[Content]) -> dict[str, float]:
         ValueError: two files have the same beta, they differ in what ``SHARED`` names, or a model has other seeds in one of
             them.
     """
-    by_beta = {content["beta"]: dict(finished_rows(content)) for content in _by_beta(contents)}
+    by_beta = {content["beta"]: _models(content) for content in _by_beta(contents)}
     if len(by_beta) < len(contents):
         raise ValueError(f"expected one file for each beta, received the betas {[content['beta'] for content in contents]}")
     for field in SHARED:
@@ -40,6 +42,11 @@ def choose_beta(contents: Sequence[Content]) -> dict[str, float]:
         if len({tuple(sorted(row["seed"] for row in rows[name])) for rows in by_beta.values()}) > 1:
             raise ValueError(f"{name}: every beta needs the same seeds")
     return {name: max(by_beta, key=lambda beta: _criterion(by_beta[beta][name])) for name in shared}
+
+
+def _models(content: Content) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the finished rows by model, without variants of a configuration."""
+    return {name: rows for name, rows in finished_rows(content) if "variant" not in rows[0]}
 
 
 def _by_beta(contents: Sequence[Content]) -> list[Content]:
@@ -65,31 +72,48 @@ def choices_table(contents: Sequence[Content]) -> str:
     ]
     for model, beta in chosen.items():
         for content in _by_beta(contents):
-            rows = dict(finished_rows(content))[model]
-            cells = [mean_and_std(_scores(rows, score), COLUMNS[score][1]) for score in SHOWN]
+            rows = _models(content)[model]
+            cells = _cells(rows, SHOWN)
             number = f"{content['beta']:g}"
             lines.append(
                 f"| {display_name(model)} | {f'**{number}**' if content['beta'] == beta else number} | "
                 f"{', '.join(str(row['seed']) for row in rows)} | {' | '.join(cells)} |"
             )
-    incomplete = {name for content in contents for name, _ in finished_rows(content)} - chosen.keys()
+    incomplete = {name for content in contents for name in _models(content)} - chosen.keys()
     if incomplete:
         lines += ["", f"Not in the table, since a beta is missing: {', '.join(map(display_name, sorted(incomplete)))}."]
     return "\n".join(lines)
 
 
-def _scores(rows: Sequence[Mapping[str, Any]], score: str) -> list[float]:
-    return [mean for row in rows if (mean := average([row], score)[0]) is not None]
+def variants_table(content: Content) -> str:
+    """Return a Markdown table of Concord and the variants of its configuration in one results file."""
+    lines = [
+        f"| configuration | seeds | {' | '.join(COLUMNS[score][0] for score in SHOWN_OF_VARIANTS)} |",
+        f"| --- | --- |{' --- |' * len(SHOWN_OF_VARIANTS)}",
+    ]
+    for name, rows in finished_rows(content):
+        if name == DEFAULT_MODEL or "variant" in rows[0]:
+            seeds = ", ".join(str(row["seed"]) for row in rows)
+            lines.append(f"| {display_name(name)} | {seeds} | {' | '.join(_cells(rows, SHOWN_OF_VARIANTS))} |")
+    return "\n".join(lines)
+
+
+def _cells(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> list[str]:
+    by_row = [row_scores(row) for row in rows]
+    values = {score: [value for row in by_row if (value := row[score]) is not None] for score in scores}
+    return [mean_and_std(values[score], COLUMNS[score][1]) for score in scores]
 
 
 def write_choices(readme: Path, results: Path) -> None:
-    """Write the table of all results files in ``results`` into the section ``held-out`` of the README.
+    """Write the tables of all results files in ``results`` into the section ``held-out`` of the README.
 
-    Without files the README stays unchanged.
+    A file whose rows include variants has a table of these too. Without files the README stays unchanged.
 
     Raises:
         ValueError: the README lacks the markers.
     """
     contents = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
     if contents:
-        write_section(readme, "held-out", choices_table(contents))
+        with_variants = [content for content in contents if any("variant" in row for row in content["rows"])]
+        tables = [choices_table(contents), *(f"`{content['name']}`:\n\n{variants_table(content)}" for content in with_variants)]
+        write_section(readme, "held-out", "\n\n".join(tables))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from concord.training.reports.held_out import SHARED, choices_table, choose_beta, write_choices
+from concord.training.reports.held_out import SHARED, choices_table, choose_beta, variants_table, write_choices
 
 
 def content(beta: float, **models: tuple[float, float, float]) -> dict[str, Any]:
@@ -85,3 +85,20 @@ def test_table_is_written_from_the_files_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / f"{number}.json").write_text(json.dumps(part))
     write_choices(readme, tmp_path)
     assert choices_table(GRID) in readme.read_text()
+
+
+def test_variants_of_a_configuration_have_a_separate_table(tmp_path: Path) -> None:
+    (variant,) = content(1.0, concord=(0.85, 0.9, 10.0))["rows"]
+    varied = {**GRID[1], "name": "tiny", "rows": [*GRID[1]["rows"], {**variant, "variant": "sharp"}]}
+    assert choices_table([GRID[0], varied]) == choices_table(GRID), "variants have no part in the choice of beta"
+    assert variants_table(varied).splitlines()[2:] == [
+        "| Concord | 0 | 0.800 | 0.950 | 0.500 | 1.000 | 0.100 | 20.0 | 1.000 |",
+        "| sharp | 0 | 0.850 | 0.900 | 0.500 | 1.000 | 0.100 | 10.0 | 1.000 |",
+    ]
+    readme = tmp_path / "digits.md"
+    readme.write_text("<!-- held-out --><!-- /held-out -->")
+    for number, part in enumerate((GRID[0], varied)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(part))
+    write_choices(readme, tmp_path)
+    assert f"`tiny`:\n\n{variants_table(varied)}" in readme.read_text()
+    assert readme.read_text().count("| configuration |") == 1
