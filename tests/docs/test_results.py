@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 
 from concord.model import bundle
+from concord.training import config_file
 from concord.training.evaluation.requests import request_scores
 from concord.training.reports.effects import class_scores, effect_scores
+from concord.training.reports.held_out import choose_beta
 from concord.training.reports.summary import average, finished_rows, row_name
 from concord.training.reports.tables import pair_scores
 from tests.support.server import ROOT
 
 RESULTS = ROOT / "training" / "results"
+CONFIGS = ROOT / "training" / "configs"
 CLASSES = ("gender", "article", "colour", "season", "usage")
 
 
@@ -153,6 +156,15 @@ def test_winners_on_digits_are_those_of_the_results(summary: str) -> None:
     minutes = {name: average(rows, "minutes")[0] or 0.0 for name, rows in models.items()}
     ratios = [minutes[served] / minutes[name] for name in ("jmvae", "mmvae", "mvtcae")]
     assert f"Concord trains {min(ratios):.1f} to {max(ratios):.1f} times as long" in readme
+
+
+def test_beta_of_every_model_is_that_chosen_on_held_out_rows() -> None:
+    chosen = choose_beta([json.loads(file.read_text()) for file in (RESULTS / "held-out").glob("*.json")])
+    assert chosen.keys() == {"concord", "jmvae", "mmvae", "mvtcae", "mvae", "mopoe", "jnf"}
+    for model, beta in chosen.items():
+        separate = CONFIGS / "baselines" / f"{model}.toml"
+        config = config_file.read(separate if separate.exists() else CONFIGS / "digits.toml")
+        assert config.objective.beta == beta, model
 
 
 def differences(rows: Mapping[str, Mapping[int, Mapping[str, float]]], one: str, other: str, title: str) -> list[float]:

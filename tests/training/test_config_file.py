@@ -24,6 +24,8 @@ HASHES = {
     "ablations/birds-features-contrast-unrefined.toml": "ffaf80fc751ff6d7e952dd8602b767b0fabb911c78b260cd9750cbb541598d90",
     "ablations/blocks.toml": "1553c26f24335a59e1024fc62ec72ba92fd03d1b946ef607d4dd2aec7463ef74",
     "ablations/blurring.toml": "5d97ee04f9b0f23d8eded99337478c3ff3c4da0b0cd4e20d3d5b22431eb6d79b",
+    "ablations/contrast-100.toml": "7441a2a74013adad2f6fdb3bc9ec34f9b8507c965f3ca6fe17f5c2f96c0674d5",
+    "ablations/contrast-30.toml": "fdb3ff61e28a69835beec507d589a9cbbc77bc9def0970c36ffba6c5fd835af5",
     "ablations/contrast.toml": "5c0efc2b8e759d3bde9852a536400a96d3bff709b5cef670f8dc2d4363a74e70",
     "ablations/eight-steps.toml": "b81194230e1c2301a5d7cef19376c790e21f279000256012b9f28c9e74b36654",
     "ablations/fashion-neither.toml": "48143c96154c2aeb50ea594b25ff6173b3e261eb23ebe04f0deb2f88b768d59e",
@@ -34,14 +36,15 @@ HASHES = {
     "ablations/flickr8k-unrefined.toml": "3c2e8a11bffddfdd783248523a2214bc78e028177b853ede50343acae76a3f68",
     "ablations/forward.toml": "c61b9161894a65723c3e64c3fe157406cf925f516005b3576e63bbba56707ab3",
     "ablations/four-steps.toml": "3bbe8f7fd56c190fcc06ff32203d86cb68b8d2f616d5947883f7e5fe3571286c",
-    "ablations/full-spread.toml": "1d8be491f24214494c0ee928b9652fe45c4735655c67e987c28242635b56fc93",
+    "ablations/full-spread.toml": "4b42dba0254d443653872abe376fc5ef6758c6f860e23b92d47c6a0a9923675c",
     "ablations/gaussian.toml": "0017807b6bde6d2bb191ac16daf79a1aa6d0b9a7cce2a1d40c740591618c12e6",
     "ablations/half-width.toml": "e7f24b978f1dd92d952bd74732ed6ce57101edeae210d0ddbfefee6682a90a4f",
-    "ablations/high-beta.toml": "2e36ea97db4fb543ae389f7ec9caf5955caf4b285904df509ac131a10fd3d649",
+    "ablations/high-beta.toml": "6b69111c7e2a865b23e386981cc3ae07021eb2e507778336e3c879c65b93a0ef",
     "ablations/information.toml": "e52ae623d219c9675fe1cd20809eb8533c98e298817e2411485cb1f69d8bb6ec",
+    "ablations/latent-16.toml": "d279ec21be5f14b79f598675d09b4cfa576fc7771f2e6c53c5664455d8d90da6",
     "ablations/latent-8-unrefined.toml": "d385f27233fd17f5b49ce50ba4376d7a92aadc29492bcd1cc3d6007c23e0956a",
     "ablations/latent-8.toml": "0c291514bb8ae9504373513239f06ef8588a08cf0cda31ea8bde34edaeff27cd",
-    "ablations/low-beta.toml": "898f735db61cf663ab71ccda484fc470cc5687151b99b92135521084abb3801d",
+    "ablations/low-beta.toml": "139c371f73ca1547e214d64ee5b83c10e7f66d61a4543374c6fb3be664e9ebf2",
     "ablations/narrow-unrefined.toml": "c88a79033953f9571f47b3cd591a6f471c6ee1b52e33f1635fd898604bac49be",
     "ablations/narrow.toml": "d7d99122f4e8fd9bdd11bd1d3ef8f4de41b265f2850e3dcfa7d7c22dbb370e03",
     "ablations/neither.toml": "1778d95ccdecb85741a4fb37afbb06bcb37036bf0c28fe6c86049f92235d0c30",
@@ -51,12 +54,17 @@ HASHES = {
     "ablations/product.toml": "2343fe1fc2407e696b64a6bf3fc62fb60352c136ad0e9ce5f973d358cedfb8b4",
     "ablations/reverse.toml": "65bd1df44326c82f46d10fb8560f9eab4243f25a008c6840b1f03c36cb77c0b0",
     "ablations/sixteen-steps.toml": "064dc529b909f304870474e2089ade484699603dc708e4232c186d1a42412b68",
+    "ablations/spread-09.toml": "4afae12cf36937e63a8c486917b5637d7177f06748e79fc1f6ef240015caefc6",
     "ablations/unaligned.toml": "bdf175472fea44547a29419f1b4646d3a6c6afd8de683ea6ade969d9eab14d13",
     "ablations/unrefined.toml": "b39a2c90e97a4d32a8d06b16979f9022ffade8aef14946b15a823209ca1a7a17",
     "ablations/version-4.toml": "5a955b9bfcf1f6f558707170eed0d92a920da030b79404da332970561388547b",
     "ablations/version-5.toml": "4b22bf14771138e4e6d436412026da199727a2b513843c1db0007540063781c4",
+    "ablations/version-6.toml": "c3b3412ed10e600aff64e84eab3a0e0d6f76ec29758bacfdb287f25c4f5c7bb3",
     "ablations/weak-contrast.toml": "c219ec1e83226afd7b519db88017da9bc512206906f5808b70ae757a9f0c20c7",
     "ablations/wide.toml": "a35c67c3649253a326a91270abb5f8673973df5f8ff91549b5d6e15a889c00af",
+    "baselines/mvae.toml": "1f48894c70eec78278fef9ffaa49133e4c995dbdbdc478c18dcf264a8afa495b",
+    "baselines/mvtcae-beta-3.toml": "0a697e122545e5faf9d5a8fb9e10992f79da17d4b5ecc8c439ca4e8ca9faec09",
+    "baselines/mvtcae.toml": "e732a9174014b26ace01b6fcb6b693ede28241096056852881e22257a1f2a130",
     "birds-blocks.toml": "311937ebae4aea4b724d6f639983adaa4bda373af03ab63fb56d8707348ae9d5",
     "birds-captions.toml": "ade76d079eb3425898b4910a145173e4b2d3a7b49daccde0be5b7a310557a08d",
     "birds-complete.toml": "a030318edce62ed2fcf13d8dce3d29e23a0f303bc90778d99ad979a1b8fac45e",
@@ -67,8 +75,8 @@ HASHES = {
     "birds-learned-scale.toml": "091064e949ae7be9e026a1f058c95769077a1308b0d14d90bc32660eb0012a45",
     "birds.toml": "d3bb47edff243618133bb5477dc603bf0c6cf83b27ba00bcb79c7ea3a252d10a",
     "digits-sound.toml": "8afea9c2e7e4d96f3d00f8279cc9dd53214a9ceef465bcad343ef604ccc298b5",
-    "digits-svhn.toml": "25f6e360640906e547790913e95237ceda37f5095911bc6d6da6dd95ee067189",
-    "digits.toml": "04eb8a1c0b892797e55570e03cd52f439fac99f8b70e2ec71cb4d29d3990dc1b",
+    "digits-svhn.toml": "75c45b1dd4c5ecd7c67afd8a10884f823ca4c9271bfd6bc1c2e1de9f4bcaf5ee",
+    "digits.toml": "714001511b0c56cd2a8a5993633fd5f51b1c265149f25e831189d894f940a051",
     "emoji.toml": "843bceb4d925494e1ec18308ab15e2f5ff82449ea18c5ffcd882f376479c7265",
     "fashion-blocks.toml": "1f958de5f900d9d062631b758d325c2fa8ab1c8381fce242af38d7c1b1e2ae09",
     "fashion-encoded.toml": "e6a8d8eb7dc14e6b2bfd8232ff7a75ba0f373183306d24bfe00f6270fc72cd43",
@@ -133,7 +141,8 @@ def test_sha256_of_published_results_is_unchanged(results: str, config: str, row
     assert content["rows"]
     for row in content["rows"]:
         variant = row.get("variant", "").removeprefix("digits-")
-        own = config_file.read(CONFIGS / "ablations" / f"{variant}.toml") if variant else settings
+        folder = CONFIGS / ("ablations" if row["model"] == "concord" else "baselines")
+        own = config_file.read(folder / f"{variant}.toml") if variant else settings
         assert row["config_sha256"] == own.model_copy(update={"model": row["model"], "seed": row["seed"]}).sha256
 
 

@@ -12,6 +12,8 @@ from concord.training.reports.tables import COLUMNS, mean_and_std, write_section
 
 CRITERION = ("probe", "means_one")
 """Accuracies of single modalities, without noise. The beta with the highest mean of both is chosen."""
+EQUAL = 0.005
+"""Betas whose means differ less from the best one are equal: the one with the lowest Fréchet distance is chosen."""
 SHOWN = (*CRITERION, "coherence_one", "frechet")
 SHOWN_OF_VARIANTS = ("probe", "means_one", "coherence_one", "coherence_more", "coherence_joint", "frechet", "cosine")
 SHARED = ("budget", "test_rows", "held_out", "data", "classifier_accuracy")
@@ -22,7 +24,7 @@ Content = Mapping[str, Any]
 
 
 def choose_beta(contents: Sequence[Content]) -> dict[str, float]:
-    """Return the beta with the highest mean of ``CRITERION`` for each model that all files have.
+    """Return the beta with the highest mean of ``CRITERION`` for each model that all files have, see ``EQUAL``.
 
     Args:
         contents: one for each beta.
@@ -41,7 +43,13 @@ def choose_beta(contents: Sequence[Content]) -> dict[str, float]:
     for name in shared:
         if len({tuple(sorted(row["seed"] for row in rows[name])) for rows in by_beta.values()}) > 1:
             raise ValueError(f"{name}: every beta needs the same seeds")
-    return {name: max(by_beta, key=lambda beta: _criterion(by_beta[beta][name])) for name in shared}
+    return {name: _best({beta: rows[name] for beta, rows in by_beta.items()}) for name in shared}
+
+
+def _best(by_beta: Mapping[float, Sequence[Mapping[str, Any]]]) -> float:
+    accuracy = {beta: _mean(rows, CRITERION) for beta, rows in by_beta.items()}
+    equal = [beta for beta in by_beta if max(accuracy.values()) - accuracy[beta] < EQUAL]
+    return min(equal, key=lambda beta: _mean(by_beta[beta], ["frechet"]))
 
 
 def _models(content: Content) -> dict[str, list[Mapping[str, Any]]]:
@@ -53,8 +61,8 @@ def _by_beta(contents: Sequence[Content]) -> list[Content]:
     return sorted(contents, key=lambda content: float(content["beta"]))
 
 
-def _criterion(rows: Sequence[Mapping[str, Any]]) -> float:
-    means = [average(rows, score)[0] for score in CRITERION]
+def _mean(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> float:
+    means = [average(rows, score)[0] for score in scores]
     assert None not in means
     return statistics.fmean(mean for mean in means if mean is not None)
 

@@ -12,6 +12,7 @@ DISPLAY_NAMES = {
     "mmvae": "MMVAE",
     "mopoe": "MoPoE",
     "mvtcae": "MVTCAE",
+    "mvtcae-beta-3": "MVTCAE, β 3",
     "jnf": "JNF",
     "contrastive": "Contrastive",
 }

@@ -137,8 +137,11 @@ SUMMARY_TITLES = {
 
 
 def summary_table(content: Mapping[str, Any]) -> str:
-    """Return a short Markdown table of a results file of ``compare``: a row per score, a column per model, the best bold."""
-    models = finished_rows(content)
+    """Return a short Markdown table of a results file of ``compare``: a row per score, a column per model, the best bold.
+
+    Variants that are not in ``DISPLAY_NAMES`` are left out.
+    """
+    models = [(name, rows) for name, rows in finished_rows(content) if name in DISPLAY_NAMES]
     lines = [f"| | {' | '.join(display_name(name) for name, _ in models)} |", f"| --- |{' --- |' * len(models)}"]
     for score in SUMMARY:
         means = [average(rows, score)[0] for _, rows in models]

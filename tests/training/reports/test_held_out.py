@@ -59,7 +59,14 @@ def test_files_that_cannot_be_compared_are_rejected() -> None:
         choose_beta([GRID[0], {**GRID[1], "rows": other_seed}])
 
 
-def test_lower_beta_is_chosen_if_two_are_equal() -> None:
+def test_lower_distance_decides_between_equal_betas() -> None:
+    best, equal, worse = (0.5, 0.509, 3.0), (0.5, 0.501, 2.0), (0.5, 0.498, 1.0)
+    grid = [content(beta, mvae=scores) for beta, scores in ((1.0, best), (3.0, equal), (10.0, worse))]
+    assert choose_beta(grid) == {"mvae": 3.0}
+    assert choose_beta([grid[0], grid[2]]) == {"mvae": 1.0}
+
+
+def test_lower_beta_is_chosen_if_two_have_the_same_scores() -> None:
     assert choose_beta([content(10.0, mvae=(0.5, 0.5, 1.0)), content(9.0, mvae=(0.5, 0.5, 1.0))]) == {"mvae": 9.0}
 
 

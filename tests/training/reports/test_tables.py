@@ -159,8 +159,9 @@ def test_comparison_table_wraps_a_long_command(content: dict[str, Any]) -> None:
 
 
 def test_summary_table_has_a_row_per_score_and_bold_best(content: dict[str, Any]) -> None:
+    content["rows"].append(row("concord", 0, 1.0, variant="tiny-other"))
     lines = summary_table(content).splitlines()
-    assert lines[0] == "| | Concord | MMVAE |"
+    assert lines[0] == "| | Concord | MMVAE |", "no variant"
     assert len(lines) == 2 + len(SUMMARY)
     assert lines[2].endswith("| **0.875** | 0.800 |")
     assert lines[7].startswith("| Fréchet distance (FD) of generated images ↓ | **15.0** | **15.0** |")
