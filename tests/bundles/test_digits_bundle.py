@@ -32,12 +32,13 @@ def test_digits_bundle_metrics_are_at_least_the_published_ones(runtime: Runtime)
     """A retrained bundle may raise these limits. If it lowers one for another, the changelog must say so."""
     metrics = runtime.bundle.manifest.metrics
     probe = metrics["probe"]
-    assert probe["digit"] >= 0.975
-    assert probe["photo"] >= 0.95
+    assert probe["digit"] >= 0.985
+    assert probe["photo"] >= 0.96
     assert probe["word"] >= 0.99
-    assert min(value for name, value in probe.items() if name.count("+") == 1) >= 0.99
+    assert probe["digit+photo"] >= 0.995
+    assert min(value for name, value in probe.items() if name.count("+") == 1) >= 0.985
     assert metrics["refinement"]["raised"] >= 0.98
-    assert mean_coherence(metrics, multimodal=False) >= 0.95
+    assert mean_coherence(metrics, multimodal=False) >= 0.97
     assert mean_coherence(metrics, multimodal=True) >= 0.975
     distances = [d for source, targets in metrics["frechet"].items() if source != "prior" for d in targets.values()]
     assert np.mean(distances) <= 20
