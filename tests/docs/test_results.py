@@ -13,7 +13,7 @@ from concord.model import bundle
 from concord.training import config_file
 from concord.training.evaluation.requests import request_scores
 from concord.training.reports.effects import class_scores, effect_scores
-from concord.training.reports.held_out import choose_beta
+from concord.training.reports.held_out import EQUAL, choose_beta
 from concord.training.reports.summary import average, finished_rows, row_name
 from concord.training.reports.tables import pair_scores
 from tests.support.server import ROOT
@@ -117,45 +117,41 @@ def test_partial_rows_improve_every_score_of_birds(summary: str) -> None:
 
 def test_winners_on_digits_are_those_of_the_results(summary: str) -> None:
     models = dict(finished_rows(json.loads((RESULTS / "digits.json").read_text())))
+    del models["digits-version-6"]
     served, equal_noise = "concord", "digits-full-spread"
-    scores = ("probe", "means_one", "coherence_one", "coherence_more", "coherence_joint", "frechet", "log_likelihood")
 
-    def ranked(score: str, without: str) -> list[str]:
-        means = {name: average(rows, score)[0] or 0.0 for name, rows in models.items() if name != without}
-        return sorted(means, key=lambda name: means[name], reverse=score != "frechet")
+    def value(name: str, score: str) -> float:
+        return average(models[name], score)[0] or 0.0
 
-    assert [ranked(score, equal_noise)[0] for score in scores if score != "means_one"] == [
-        "mmvae",
-        served,
-        served,
-        served,
-        "mvtcae",
-        served,
-    ]
-    assert "MMVAE has the highest probe, MVTCAE the lowest FD." in summary
-    means = [average(models[name], "means_one")[0] or 0.0 for name in (served, "jmvae", "mmvae")]
-    assert max(means) - min(means) < 0.005
-    assert "show the right class equally often for Concord, JMVAE-kl and MMVAE" in summary
-    assert all(ranked(score, served)[1] == equal_noise for score in ("coherence_one", "frechet"))
-    assert "With equal noise, Concord is second in coherence of samples from one modality and in FD" in summary
-    assert ranked("coherence_more", served)[0] == "jmvae"
-    of_two = [average(models[name], "coherence_more")[0] or 0.0 for name in (equal_noise, "mmvae", "jmvae")]
-    assert abs(of_two[0] - of_two[1]) < 0.005 < of_two[2] - of_two[0]
-    assert "from two modalities it equals MMVAE, and JMVAE-kl is better" in summary
-    for score in ("coherence_one", "coherence_more", "frechet"):
-        assert (average(models[served], score)[0] or 0.0) > (average(models[equal_noise], score)[0] or 0.0)
+    def ranked(score: str, without: str = equal_noise) -> list[str]:
+        names = [name for name in models if name != without]
+        return sorted(names, key=lambda name: value(name, score), reverse=score != "frechet")
+
+    assert ranked("probe")[:2] == [served, "mmvae"]
+    assert value(served, "probe") - value("mmvae", "probe") < EQUAL
+    assert "Concord has the highest probe, which MMVAE equals" in summary
+    assert ranked("frechet")[0] == "mvtcae-beta-3"
+    assert "MVTCAE has the lowest FD with β 3, not with the chosen β" in summary
+    assert set(ranked("means_one")[:2]) == {served, "jmvae"}
+    assert abs(value(served, "means_one") - value("jmvae", "means_one")) < EQUAL
+    assert ranked("means_more")[-1] == served
+    assert "equally often for Concord and JMVAE-kl, and from two modalities least often for Concord" in summary
+    assert ranked("coherence_one", served)[0] == "mmvae"
+    assert value("mmvae", "coherence_one") - value(equal_noise, "coherence_one") < EQUAL
+    assert "With equal noise, Concord is equal to MMVAE in coherence of samples from one modality" in summary
+    assert ranked("coherence_more", served)[:2] == ["mvtcae", "jmvae"]
+    assert "and behind MVTCAE and JMVAE-kl from two; it is second in FD" in summary
+    assert ranked("frechet", served)[1] == equal_noise
+    assert all(value(served, score) > value(equal_noise, score) for score in ("coherence_one", "coherence_more", "frechet"))
     assert "its coherence of samples is higher, and so is its FD" in summary
-    assert ranked("coherence_joint", served)[0] == equal_noise
+    assert {ranked("coherence_joint", without)[0] for without in (served, equal_noise)} == {served, equal_noise}
     assert "With its learned prior, its prior samples agree most often" in summary
-    bounds = [average(models[name], "log_likelihood")[0] or 0.0 for name in (served, "mvtcae")]
-    assert 0 < bounds[0] - bounds[1] < 5
-    assert "Its bound of log p(X) differs from MVTCAE's by 4 nats, too little to rank them" in summary
-    assert len({ranked(score, served)[0] for score in scores}) > 1
+    bounds = [value(name, "log_likelihood") for name in (served, "mvtcae-beta-3")]
+    assert 0 < bounds[0] - bounds[1] < 2.5
+    assert "Its bound of log p(X) differs from MVTCAE's by 2 nats, too little to rank them" in summary
     readme = text(ROOT / "README.md", "Results")
+    assert len({ranked(score, served)[0] for score in ("probe", "coherence_more", "frechet")}) == 3
     assert "No model is best in every row" in readme
-    minutes = {name: average(rows, "minutes")[0] or 0.0 for name, rows in models.items()}
-    ratios = [minutes[served] / minutes[name] for name in ("jmvae", "mmvae", "mvtcae")]
-    assert f"Concord trains {min(ratios):.1f} to {max(ratios):.1f} times as long" in readme
 
 
 def test_beta_of_every_model_is_that_chosen_on_held_out_rows() -> None:
@@ -238,7 +234,7 @@ def test_effects_of_a_teacher_on_real_data_are_those_of_the_results(summary: str
     assert f"A teacher at all lowers R² by {-shop[1]:.3f} in the shop and {-flickr[1]:.3f} on Flickr8k" in summary
     assert f"and raises it by {birds[1]:.3f} on birds" in summary
     readme = text(ROOT / "README.md", "Results")
-    assert "On real data (birds, Flickr8k, the shop), it changes recall, classes and the probe by 0.005 at most" in readme
+    assert "On birds, Flickr8k and the shop it changes recall, classes and the probe by 0.005 at most" in readme
 
 
 def test_refinement_at_request_time_changes_what_the_summary_says(summary: str) -> None:

@@ -13,7 +13,8 @@ from concord.training.reports.tables import COLUMNS, mean_and_std, write_section
 CRITERION = ("probe", "means_one")
 """Accuracies of single modalities, without noise. The beta with the highest mean of both is chosen."""
 EQUAL = 0.005
-"""Betas whose means differ less from the best one are equal: the one with the lowest Fréchet distance is chosen."""
+"""A smaller difference of accuracies counts as equal, as in the documents with one seed. Among equal betas, the one with the
+lowest Fréchet distance is chosen."""
 SHOWN = (*CRITERION, "coherence_one", "frechet")
 SHOWN_OF_VARIANTS = ("probe", "means_one", "coherence_one", "coherence_more", "coherence_joint", "frechet", "cosine")
 SHARED = ("budget", "test_rows", "held_out", "data", "classifier_accuracy")
