@@ -130,6 +130,8 @@ def test_winners_on_digits_are_those_of_the_results(summary: str) -> None:
     assert ranked("probe")[:2] == [served, "mmvae"]
     assert value(served, "probe") - value("mmvae", "probe") < EQUAL
     assert "Concord has the highest probe, which MMVAE equals" in summary
+    assert ranked("probe_two")[-1] == served
+    assert "With two modalities Concord has the lowest probe" in summary
     assert ranked("frechet")[0] == "mvtcae-beta-3"
     assert "MVTCAE has the lowest FD with β 3, not with the chosen β" in summary
     assert set(ranked("means_one")[:2]) == {served, "jmvae"}
@@ -148,7 +150,7 @@ def test_winners_on_digits_are_those_of_the_results(summary: str) -> None:
     assert "With its learned prior, its prior samples agree most often" in summary
     bounds = [value(name, "log_likelihood") for name in (served, "mvtcae-beta-3")]
     assert 0 < bounds[0] - bounds[1] < 2.5
-    assert "Its bound of log p(X) differs from MVTCAE's by 2 nats, too little to rank them" in summary
+    assert "Its bound of log p(X) differs from that of MVTCAE with β 3 by 2 nats, too little to rank them" in summary
     readme = text(ROOT / "README.md", "Results")
     assert len({ranked(score, served)[0] for score in ("probe", "coherence_more", "frechet")}) == 3
     assert "No model is best in every row" in readme
@@ -235,6 +237,7 @@ def test_effects_of_a_teacher_on_real_data_are_those_of_the_results(summary: str
     assert f"and raises it by {birds[1]:.3f} on birds" in summary
     readme = text(ROOT / "README.md", "Results")
     assert "On birds, Flickr8k and the shop it changes recall, classes and the probe by 0.005 at most" in readme
+    assert f"In the shop, R² of the year falls by {-shop[0]:.3f}" in readme
 
 
 def test_refinement_at_request_time_changes_what_the_summary_says(summary: str) -> None:

@@ -56,7 +56,7 @@ def average(rows: Rows, score: str) -> tuple[float | None, float | None]:
 def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the scores of one model and seed.
 
-    ``probe``: mean over single modalities. ``coherence_one``, ``coherence_more``: mean over targets and over sources of one or
+    ``probe``: mean over single modalities, ``probe_two``: over pairs. ``coherence_one``, ``coherence_more``: mean over targets and over sources of one or
     of multiple modalities, of one sample of the posterior. ``means_one``, ``means_more``: the same of the mean of the
     posterior, which needs no noise. ``coherence_joint``: of samples of the prior. ``frechet``: mean over
     images and single sources. ``cosine``: mean over modalities of matched minus shuffled. ``log_likelihood``: log p(X) in nats,
@@ -66,6 +66,7 @@ def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
     distances, bounds = row["frechet"], row.get("log_likelihood", {})
     return {
         "probe": _mean([v for name, v in row.get("probe", {}).items() if "+" not in name and name != "joint"]),
+        "probe_two": _mean([v for name, v in row.get("probe", {}).items() if name.count("+") == 1]),
         "coherence_one": mean_coherence(row, multimodal=False),
         "coherence_more": mean_coherence(row, multimodal=True),
         "means_one": mean_coherence(row, multimodal=False, kind="cross_means"),

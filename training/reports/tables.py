@@ -25,6 +25,7 @@ from concord.training.reports.summary import (
 
 COLUMNS = {
     "probe": ("probe ↑", "{:.3f}"),
+    "probe_two": ("of two ↑", "{:.3f}"),
     "means_one": ("coherence of means, from one ↑", "{:.3f}"),
     "means_more": ("of means, from more ↑", "{:.3f}"),
     "coherence_one": ("coherence of samples, from one ↑", "{:.3f}"),
@@ -124,15 +125,16 @@ def steps_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *(["", " ".join(sentences)] if sentences else [])])
 
 
-SUMMARY = ("probe", "means_one", "means_more", "coherence_one", "coherence_more", "frechet", "log_likelihood")
+SUMMARY = ("probe", "probe_two", "means_one", "means_more", "coherence_one", "coherence_more", "frechet", "log_likelihood")
 SUMMARY_TITLES = {
     "probe": "accuracy of a linear probe on the embedding of one modality ↑",
+    "probe_two": "the same of two modalities ↑",
     "means_one": "coherence of values decoded from the mean, from one modality ↑",
     "means_more": "the same from two modalities ↑",
     "coherence_one": "coherence of values decoded from a sample, from one modality ↑",
     "coherence_more": "the same from two modalities ↑",
     "frechet": "Fréchet distance (FD) of generated images ↓",
-    "log_likelihood": "lower bound of log p(X), nats ↑",
+    "log_likelihood": "lower bound of log p(X), nats, too loose to rank ↑",
 }
 
 

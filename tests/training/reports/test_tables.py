@@ -74,6 +74,7 @@ def test_row_scores_are_means_over_sources_and_targets() -> None:
     assert row_scores(row("concord", 0, 0.8)) == pytest.approx(
         {
             "probe": 0.85,
+            "probe_two": 1.0,
             "coherence_one": 0.6,
             "coherence_more": 0.8,
             "means_one": 0.75,
@@ -126,15 +127,17 @@ def test_comparison_table_has_means_deviations_and_bold_best(content: dict[str, 
     assert "3 epochs of 4,000 training rows for every model (a reduced budget), 2,000 test rows, seeds 0, 1" in table
     assert "```sh\nconcord compare tiny.toml\n```" in table
     assert (
-        "| model | probe ↑ | coherence of means, from one ↑ | of means, from more ↑ | coherence of samples, from one ↑ |"
+        "| model | probe ↑ | of two ↑ | coherence of means, from one ↑ | of means, from more ↑ | coherence of samples, from one ↑ |"
         in table
     )
     concord, mmvae = (
         next(line for line in table.splitlines() if line.startswith(f"| {name} |")) for name in ("Concord", "MMVAE")
     )
-    assert concord.startswith("| Concord | **0.875 ± 0.035** | 0.750 ± 0.000 |")  # not bold: the means are the same
+    assert concord.startswith(
+        "| Concord | **0.875 ± 0.035** | 1.000 ± 0.000 | 0.750 ± 0.000 |"
+    )  # not bold: the means are the same
     assert "| 66% ± 0% |" in concord  # not bold: no other model has a value
-    assert mmvae.startswith("| MMVAE | 0.800 | 0.750 |")
+    assert mmvae.startswith("| MMVAE | 0.800 | 1.000 | 0.750 |")
     assert mmvae.endswith("|  | -1,234 | 1.5 |")  # never bold
     assert "Not in the table: JNF with seed 0 (failed)." in table
 
@@ -164,7 +167,8 @@ def test_summary_table_has_a_row_per_score_and_bold_best(content: dict[str, Any]
     assert lines[0] == "| | Concord | MMVAE |", "no variant"
     assert len(lines) == 2 + len(SUMMARY)
     assert lines[2].endswith("| **0.875** | 0.800 |")
-    assert lines[7].startswith("| Fréchet distance (FD) of generated images ↓ | **15.0** | **15.0** |")
+    assert lines[3].startswith("| the same of two modalities ↑ | **1.000** |")
+    assert lines[8].startswith("| Fréchet distance (FD) of generated images ↓ | **15.0** | **15.0** |")
 
 
 def test_comparison_table_lists_variants_after_the_models(content: dict[str, Any], tmp_path: Path) -> None:
@@ -172,7 +176,7 @@ def test_comparison_table_lists_variants_after_the_models(content: dict[str, Any
     content["rows"].append({"model": "concord", "variant": "tiny-other", "seed": 1, "status": "failed"})
     assert [name for name, _ in finished_rows(content)] == ["concord", "mmvae", "tiny-reversed"]
     lines = comparison_table(content).splitlines()
-    assert next(line for line in lines if "tiny-reversed" in line).startswith("| tiny-reversed | 0.750 | 0.750 |")
+    assert next(line for line in lines if "tiny-reversed" in line).startswith("| tiny-reversed | 0.750 | 1.000 | 0.750 |")
     assert next(line for line in lines if line.startswith("| Concord |")).startswith("| Concord | **0.875 ± 0.035** |")
     assert lines[-1] == "Not in the table: JNF with seed 0 (failed), tiny-other with seed 1 (failed)."
     readme = tmp_path / "README.md"
