@@ -156,6 +156,30 @@ def test_winners_on_digits_are_those_of_the_results(summary: str) -> None:
     assert "No model is best in every row" in readme
 
 
+def test_three_seeds_of_a_third_of_the_budget_say_what_the_summary_says(summary: str) -> None:
+    models = dict(finished_rows(json.loads((RESULTS / "digits-10000.json").read_text())))
+    four = {name: rows for name, rows in models.items() if len(rows) == 3}
+    assert four.keys() == {"concord", "jmvae", "mmvae", "mvtcae"}
+    scores = ("probe", "means_one", "frechet", "cosine", "log_likelihood_best", "minutes")
+    averages = {name: {score: average(rows, score)[0] or 0.0 for score in scores} for name, rows in four.items()}
+    spreads = {name: {score: average(rows, score)[1] or 0.0 for score in scores} for name, rows in four.items()}
+    own, others = averages["concord"], {name: of for name, of in averages.items() if name != "concord"}
+    for score in ("probe", "means_one"):
+        second = max(others, key=lambda name: others[name][score])
+        assert second == "mmvae"
+        assert own[score] - others[second][score] > max(spreads[name][score] for name in ("concord", second)), score
+    figures = f"the highest probe ({own['probe']:.3f}, MMVAE {others['mmvae']['probe']:.3f})"
+    assert f"At a third of the budget, with three seeds, Concord has {figures} and coherence of means from one modality" in summary
+    lead = own["log_likelihood_best"] - max(of["log_likelihood_best"] for of in others.values())
+    assert f"the highest bound of log p(X) with the best proposal, by {lead:.0f} nats" in summary
+    assert min(others, key=lambda name: others[name]["frechet"]) == "jmvae"
+    assert 0 < own["frechet"] - others["jmvae"]["frechet"] < 2
+    assert "JMVAE-kl has the lowest FD, and Concord the lowest cosine" in summary
+    assert own["cosine"] < min(of["cosine"] for of in others.values())
+    ratios = [own["minutes"] / of["minutes"] for of in others.values()]
+    assert f"It trains {min(ratios):.1f} to {max(ratios):.1f} times as long" in text(ROOT / "README.md", "Results")
+
+
 def test_beta_of_every_model_is_that_chosen_on_held_out_rows() -> None:
     chosen = choose_beta([json.loads(file.read_text()) for file in (RESULTS / "held-out").glob("*.json")])
     assert chosen.keys() == {"concord", "jmvae", "mmvae", "mvtcae", "mvae", "mopoe", "jnf"}
