@@ -56,9 +56,9 @@ def average(rows: Rows, score: str) -> tuple[float | None, float | None]:
 def row_scores(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the scores of one model and seed.
 
-    ``probe``: mean over single modalities, ``probe_two``: over pairs. ``coherence_one``, ``coherence_more``: mean over targets and over sources of one or
-    of multiple modalities, of one sample of the posterior. ``means_one``, ``means_more``: the same of the mean of the
-    posterior, which needs no noise. ``coherence_joint``: of samples of the prior. ``frechet``: mean over
+    ``probe``: mean over single modalities, ``probe_two``: over pairs. ``coherence_one``, ``coherence_more``: mean over targets
+    and over sources of one or of multiple modalities, of one sample of the posterior. ``means_one``, ``means_more``: the same
+    of the mean of the posterior, which needs no noise. ``coherence_joint``: of samples of the prior. ``frechet``: mean over
     images and single sources. ``cosine``: mean over modalities of matched minus shuffled. ``log_likelihood``: log p(X) in nats,
     with samples of the model's posterior, ``log_likelihood_best`` with those of the best Gaussian of each row. Rows of held-out
     rows lack both, and ``gap_closed``.
